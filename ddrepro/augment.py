@@ -86,9 +86,9 @@ def scale(x, u):
     return _warp(x, torch.stack([s[:, 0], zero, zero, zero, s[:, 1], zero], 1).view(-1, 2, 3))
 
 def rotate(x, u):
-    angle = (u[:, 0].double() - 0.5) * 2 * 15 * math.pi / 180
+    angle = (u[:, 0] - 0.5) * 2 * 15 / 180 * math.pi
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return _warp(x, torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3).to(x.dtype))
+    return _warp(x, torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3))
 
 OPS = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
 

@@ -108,14 +108,14 @@ class RealData:
 
     @cached_property
     def fingerprint(self) -> str:
-        "BLAKE2 over all tensors, labels and constants: what results are keyed by"
+        "BLAKE2 over all tensors, labels, constants and the augmentation string: what results are keyed by"
         digest = hashlib.blake2b(digest_size=16)
         for p in PARTS:
             part = getattr(self, p)
             for m, x in [*sorted(part.inputs.items()), ("labels", part.labels)]:
                 digest.update(f"{p}/{m}{tuple(x.shape)}{x.dtype}".encode())
                 digest.update(np.ascontiguousarray(x.numpy()).data)
-        digest.update(repr(sorted(self.normalisation.items())).encode())
+        digest.update(repr((self.strategy, sorted(self.normalisation.items()))).encode())
         return digest.hexdigest()
 
     def restrict(self, modalities) -> "RealData":

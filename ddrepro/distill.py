@@ -104,11 +104,15 @@ def check_classes(method, real, classes) -> tuple:
 
 @contextmanager
 def threads_of(compute: Compute):
-    "The thread count a run was begun with, for as long as it runs: float32 sums depend on it"
-    before = torch.get_num_threads()
-    torch.set_num_threads(compute.threads or before)
+    "The thread count a run was begun with, for as long as it runs, and for float32 on a GPU neither TF32 nor varying algorithms"
+    cudnn = torch.backends.cudnn
+    before = torch.get_num_threads(), cudnn.allow_tf32, cudnn.deterministic
+    torch.set_num_threads(compute.threads or before[0])
+    if compute.precision == "float32": cudnn.allow_tf32, cudnn.deterministic = False, True
     try: yield
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before[0])
+        cudnn.allow_tf32, cudnn.deterministic = before[1:]
 
 def to_device(state, device, t, curve):
     return t, {k: x if isinstance(x, int) else x.to(device) for k, x in state.items()}, curve
@@ -156,6 +160,7 @@ def one_iteration(method, context, rules, state, t) -> tuple:
     for (m, rule), g in zip(rules.items(), gradients):
         if not torch.isfinite(g.sum()): raise Diverged(f"the gradient of the {m} became NaN or infinite")
         following[f"S/{m}"], following[f"v/{m}"] = rule.step(at[m], velocity[m], g)
+        if not torch.isfinite(following[f"S/{m}"].sum() + following[f"v/{m}"].sum()): raise Diverged(f"the {m} became NaN or infinite")
     extra = {k: x for k, x in state.items() if k[:2] not in ("S/", "v/")}
     S = {m: following[f"S/{m}"] for m in rules}
     return following | method.after(context, S, extra, t), loss.item()

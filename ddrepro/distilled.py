@@ -87,6 +87,10 @@ def merge(shards: list) -> DistilledData:
     for s in shards[1:]:
         for what in ("factor", "ipc", "normalisation", "signals", "classes"):
             if getattr(s, what) != getattr(first, what): raise ValueError(f"shards differ in {what}: {getattr(first, what)} and {getattr(s, what)}")
+    identity = lambda s: {k: v for k, v in s.card.items() if k != "compute"}
+    for s in shards[1:]:
+        if differ := [k for k in {**identity(first), **identity(s)} if identity(first).get(k) != identity(s).get(k)]:
+            raise ValueError(f"shards come from different runs: their cards differ in {', '.join(sorted(differ))}")
     order = np.argsort(labels)
     tensors = {m: torch.cat([s.tensors[m] for s in shards])[order] for m in first.tensors}
     curve = tuple(np.sum([s.curve for s in shards], 0).tolist()) if first.curve else ()

@@ -90,7 +90,7 @@ def evaluate(
     part: str = "test",         # tuning scores on "validation"
     width: int = None,          # of the evaluation networks; default the width of distillation, else 128
     fusion: str = "ensemble",
-    epochs: int = None,         # default the recipe's; more passes make equal-steps rows
+    epochs: int = None,         # passes; the drops stay where the recipe has them (`stretched` moves them)
     device: str = "cpu"
 ) -> pd.DataFrame:              # one row a network and modality
     "Score a distilled set: tidy rows with every single accuracy"

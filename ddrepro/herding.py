@@ -15,6 +15,7 @@ import torch
 from .data import RealData
 from .files import DamagedFile, load_tensors, save_tensors
 from .nets import FusionNet
+from .provenance import code_digest
 from .seeding import keyed_choice
 from .share import choose
 from .training import get_recipe, new_net, train
@@ -81,7 +82,8 @@ def coreset(
         raise ValueError(f"a coreset of {k} samples a class was asked for, the smallest class of {real.name} has {real.smallest_class}")
     if kind == "random": return random_lists(real, seed, k)
     modalities, recipe = tuple(modalities or real.modalities), get_recipe(recipe)
-    key = dict(data=real.fingerprint, specs={m: asdict(s) for m, s in specs.items()}, recipe=asdict(recipe), seed=seed, modalities=modalities, normalise=normalise)
+    key = dict(data=real.fingerprint, specs={m: asdict(s) for m, s in specs.items()}, recipe=asdict(recipe), seed=seed, modalities=modalities, normalise=normalise,
+               code=code_digest("ddrepro.herding"))
     path = store / "herding" / f"{hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()}.safetensors" if store else None
     if path and path.exists():
         try: return {int(c): i[:k].numpy() for c, i in load_tensors(path, "herding")[0].items()}

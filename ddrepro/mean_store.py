@@ -6,14 +6,15 @@
 __all__ = ['BLOCK', 'Shards', 'means_key', 'RealMeans']
 
 # %% ../nbs/25_mean_store.ipynb #cell-003
-import hashlib, json
-from dataclasses import dataclass, field
+import hashlib, json, os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from .files import DamagedFile, load_tensors, save_tensors, write_json
 from .moments import Compute, Sampler, real_mean
+from .provenance import code_digest
 
 # %% ../nbs/25_mean_store.ipynb #cell-006
 BLOCK = 64   # iterations a shard
@@ -65,7 +66,8 @@ def means_key(real, source, sampler: Sampler, modality: str, compute: Compute) -
     "Everything the real means of a modality depend on besides class and iteration"
     normalisation = real.normalisation[modality]
     return dict(data=real.fingerprint, modality=modality, normalisation=[list(normalisation.mean), list(normalisation.std)], network=source.key(modality),
-                sampler=sampler.key(), precision=compute.precision, backend=compute.backend, chunk=compute.chunk, threads=compute.threads, version=1)
+                sampler=sampler.key(), precision=compute.precision, backend=compute.backend, chunk=compute.chunk, threads=compute.threads,
+                code=code_digest("ddrepro.moments", "ddrepro.sources"))
 
 @dataclass
 class RealMeans:
@@ -75,7 +77,7 @@ class RealMeans:
     sampler: Sampler
     compute: Compute
     root: Path = None          # the store's folder; None: nothing is stored
-    limit_gb: float = 20.      # a run whose means would be larger stores none
+    limit_gb: float = field(default_factory=lambda: float(os.environ.get("DDREPRO_STORE_GB") or 20))   # a run whose means would be larger stores none
     forwards: int = 0          # real samples embedded by this object
     shards: dict = field(default_factory=dict)
 
@@ -86,7 +88,7 @@ class RealMeans:
         size = self.planned_bytes(len(classes), iterations, widths)
         told = f"real means: {len(classes)} classes × {iterations} iterations × {sum(widths.values())} values = {size / 2**20:,.1f} MiB"
         if not self.root: return f"{told}, not stored"
-        if size > self.limit_gb * 2**30: return f"{told}, above the store's limit of {self.limit_gb:g} GiB: computed as needed, not stored"
+        if size > self.limit_gb * 2**30: return f"{told}, above the store's limit of {self.limit_gb:g} GiB (DDREPRO_STORE_GB): computed as needed, not stored"
         for m in widths:
             key = means_key(self.real, self.source, self.sampler, m, self.compute)
             folder = Path(self.root) / "means" / hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -57,7 +57,7 @@ class MeanMatching(Method):
         means = RealMeans(real, source, sampler, context.compute, context.store)
         context.helpers.update(source=source, sampler=sampler, means=means)
         told = means.open(context.classes, self.iterations, {m: feature_width(source.specs[m], s) for m, s in real.shapes.items()})
-        if context.store: print(told)
+        if context.store and self.iterations: print(told)
 
 # %% ../../nbs/52_dm.ipynb #cell-007
 @register
