@@ -233,7 +233,8 @@ def test_killed_in_the_middle_of_writing(warm, one_experiment, tmp_path, name, n
     "One experiment, killed three times around the writing of the same file"
     for moment in ("half written", "not yet moved", "just moved"):
         assert warm.run(experiment_in(tmp_path, die_writing=[name, nth, moment])) == -signal.SIGKILL
-    assert len(leftovers(tmp_path)) == 2                                     # temporary files of the first two kills, which nobody minds
+    left = 0 if name == "checkpoint-" else 2                                 # temporary files of the first two kills: a run removes its own checkpoints', nobody minds the rest
+    assert len(leftovers(tmp_path)) == left
     job = experiment_in(tmp_path)
     assert warm.run(job) == 0, said(job)
     assert kept(job) == kept(one_experiment)

@@ -52,7 +52,7 @@ def test_rows_beside_the_report(report):
 
 def test_finding_holds_in_report(report):
     nb = json.loads((report[0] / "runs/notebooks/avdd_digits_av_ipc2_test.ipynb").read_text())
-    cell = next(c for c in nb["cells"] if "finding(" in "".join(c["source"]) and "measured" in "".join(c["source"]))
+    cell = next(c for c in nb["cells"] if "".join(c["source"]).startswith("measured.style"))
     text = "".join("".join(o["data"]["text/html"]) for o in cell["outputs"] if "data" in o)
     assert text.count("True") == 4 and "False" not in text
 
