@@ -92,6 +92,7 @@ def distill(
     tensors = {m: state[f"S/{m}"].cpu() for m in real.modalities}
     return DistilledData(tensors, real.classes, classes, dict(real.normalisation), method.factor, dict(real.signals), card, tuple(curve))
 
+# %% ../nbs/34_distill.ipynb #cell-009
 def check_classes(method, real, classes) -> tuple:
     "The labels to distil, sorted; refuses unknown ones, and shards of methods whose classes influence one another"
     everything = tuple(range(len(real.classes)))
@@ -102,6 +103,7 @@ def check_classes(method, real, classes) -> tuple:
         raise ValueError(f"{method.name} is not class-separable (its classes influence one another): distil all {len(everything)} classes together")
     return classes
 
+# %% ../nbs/34_distill.ipynb #cell-011
 @contextmanager
 def threads_of(compute: Compute):
     "The thread count a run was begun with, for as long as it runs, and for float32 on a GPU neither TF32 nor varying algorithms"
@@ -123,7 +125,7 @@ def start_state(method, context) -> dict:
     state = {f"S/{m}": x.to(context.compute.device, context.compute.dtype) for m, x in S.items()}
     return state | {f"v/{m}": torch.zeros_like(state[f"S/{m}"]) for m in S} | extra
 
-# %% ../nbs/34_distill.ipynb #cell-009
+# %% ../nbs/34_distill.ipynb #cell-012
 def iterate(method, context, rules, state, t, curve, checkpoints, checkpoint_every, progress, on_iteration):
     "Run iterations t … method.iterations − 1"
     last_saved, last_t = time.monotonic(), -1
