@@ -123,6 +123,7 @@ def finding(settings: Settings, real, store=None) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["what", "measured", "bound"])
     return table.assign(holds=table.measured <= table.bound)
 
+@torch.no_grad()
 def start_means(method, real, compute, store) -> list:
     "Real and synthetic means of iteration 0: audio, image, audio, image"
     context, S = started(method, real, compute, store)
