@@ -31,8 +31,8 @@ class Normalisation:
         if min(self.std) <= 0: raise ValueError(f"std must be positive, got {self.std}")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        "Stored values (N, channels, …) → normalised float32"
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        "Stored values (N, channels, …) → normalised float32; float64 stays float64"
+        x = x.float() / 255 if x.dtype == torch.uint8 else x if x.dtype == torch.float64 else x.float()
         return (x - self._channels(self.mean, x)) / self._channels(self.std, x)
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
@@ -206,7 +206,7 @@ def _entries() -> dict:
     for module in pkgutil.iter_modules(ddrepro.datasets.__path__): importlib.import_module(f"ddrepro.datasets.{module.name}")
     return _registry
 
-def load_data(name: str, **options) -> RealData:
+def load_data(name: str, /, **options) -> RealData:
     "Load a registered data set; `list_data()` names them"
     entries = _entries()
     return entries[choose("dataset", name, sorted(entries))].load(**options)
