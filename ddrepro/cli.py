@@ -15,7 +15,7 @@ from . import __version__
 from .share import choose, need, share_path
 
 # %% ../nbs/78_cli.ipynb #cell-006
-PAPERS = {"avdd": "audio-visual dataset distillation"}   # nbs/repro_<name>.ipynb
+PAPERS = {"avdd": "audio-visual dataset distillation", "dsdm": "diversified semantic distribution matching, images and speech"}   # nbs/repro_<name>.ipynb
 
 def parse_assignments(pairs: list) -> dict:
     "[[name, value], …] or ['name=value', …] → mapping; a name given twice is refused"
@@ -29,7 +29,9 @@ def parse_assignments(pairs: list) -> dict:
 
 def report_name(paper: str, params: dict) -> str:
     "A file name that tells reports apart: paper, data set, IPC, profile"
-    parts = [paper, *(f"{k}{params[k]}" if k == "ipc" else str(params[k]) for k in ("dataset", "ipc", "profile") if k in params)]
+    text = lambda value: "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    named = {k: text(params[k]) for k in ("dataset", "table", "figure", "ipc", "profile") if params.get(k)}
+    parts = [paper, *(k * (k not in ("dataset", "profile")) + v for k, v in named.items())]
     return re.sub(r"[^\w.-]+", "-", "_".join(parts))
 
 def run_paper(

@@ -16,46 +16,53 @@ from torchvision.utils import save_image
 
 from .data import Normalisation
 from .files import DamagedFile, digest, load_tensors, read_json, save_tensors, write_json
-from .formation import decode
-from .signals import LogMel, mel_to_wave
+from .formation import decode, per_canvas
+from .signals import signal_facts, signal_from, to_wave
 
 # %% ../nbs/30_distilled.ipynb #cell-005
 @dataclass(frozen=True, eq=False)
 class DistilledData:
-    "Learned samples of every class; tensors are class-major canvases in normalised space"
+    "Learned samples of every class; tensors are class-major canvases"
     tensors: dict                # modality → (classes, IPC, ch, H, W)
     classes: tuple               # names
     labels: tuple                # label of each row of the tensors
-    normalisation: dict          # modality → Normalisation the tensors are in
+    normalisation: dict          # modality → Normalisation of what networks see
     factor: int = 1
-    signals: dict = field(default_factory=dict)   # modality → LogMel
+    signals: dict = field(default_factory=dict)   # modality → LogMel or LogSpectrogram
     card: dict = field(default_factory=dict)      # method, dataset, seed, versions: plain data
     curve: tuple = ()            # loss of every iteration
+    order: str = "columns"       # how a canvas is cut (`formation.ORDERS`)
+    space: dict = field(default_factory=dict)     # modality → "normalised" (where it is not named) or "pixels" in [0, 1]
 
     @property
     def ipc(self) -> int: return next(iter(self.tensors.values())).shape[1]
 
     def decoded(self, device="cpu") -> tuple:
-        "Training samples: (modality → (classes·IPC·factor², ch, H, W), labels)"
-        inputs = {m: torch.cat([decode(x, self.factor) for x in s.to(device)]) for m, s in self.tensors.items()}
-        labels = torch.tensor(self.labels, device=device).repeat_interleave(self.ipc * self.factor**2)
+        "Training samples, normalised: (modality → (classes·IPC·per_canvas, ch, H, W), labels)"
+        inputs = {m: self.normalise(m)(torch.cat([decode(x, self.factor, self.order) for x in s.to(device)])) for m, s in self.tensors.items()}
+        labels = torch.tensor(self.labels, device=device).repeat_interleave(self.ipc * per_canvas(self.factor, self.order))
         return inputs, labels
+
+    def normalise(self, modality: str):
+        "From stored to normalised values"
+        return self.normalisation[modality] if self.space.get(modality) == "pixels" else lambda x: x
 
     def natural(self, modality: str) -> torch.Tensor:
         "Canvases (classes, IPC, ch, H, W) as pixels in [0, 1] or decibels"
         x = self.tensors[modality]
-        plain = self.normalisation[modality].undo(x.flatten(0, 1)).view(x.shape)
+        plain = x if self.space.get(modality) == "pixels" else self.normalisation[modality].undo(x.flatten(0, 1)).view(x.shape)
         return plain if modality in self.signals else plain.clamp(0, 1)
 
-# %% ../nbs/30_distilled.ipynb #cell-008
+# %% ../nbs/30_distilled.ipynb #cell-010
 FORMAT = "ddrepro distilled 1"
 
 def save(self: DistilledData, path) -> Path:
     "Write `path`.safetensors and its card `path`.json; returns the card's path"
     path = Path(path).with_suffix("")
-    card = dict(format=FORMAT, classes=list(self.classes), labels=list(self.labels), factor=self.factor, ipc=self.ipc, space="normalised",
+    card = dict(format=FORMAT, classes=list(self.classes), labels=list(self.labels), factor=self.factor, ipc=self.ipc, order=self.order,
+                space={m: self.space.get(m, "normalised") for m in self.tensors},
                 normalisation={m: dict(mean=list(n.mean), std=list(n.std)) for m, n in self.normalisation.items()},
-                signals={m: vars(p) for m, p in self.signals.items()}, modalities=list(self.tensors), card=self.card)
+                signals={m: signal_facts(p) for m, p in self.signals.items()}, modalities=list(self.tensors), card=self.card)
     tensors = {**self.tensors, "curve": torch.tensor(self.curve, dtype=torch.float64)}
     save_tensors(path.with_suffix(".safetensors"), tensors, "distilled", card)
     return write_json(path.with_suffix(".json"), card | {"sha256": digest(tensors, card)})
@@ -73,19 +80,20 @@ def load(path) -> DistilledData:
     if digest(tensors, meta) != card.pop("sha256", None) or meta != card: raise DamagedFile(f"{path}.json and {path}.safetensors do not belong together")
     curve = tensors.pop("curve")
     normalisation = {m: Normalisation(tuple(n["mean"]), tuple(n["std"])) for m, n in card["normalisation"].items()}
-    signals = {m: LogMel(**p) for m, p in card["signals"].items()}
+    signals = {m: signal_from(p) for m, p in card["signals"].items()}
+    space = card["space"] if isinstance(card["space"], dict) else {m: card["space"] for m in card["modalities"]}   # one word for all, until order came in
     return DistilledData({m: tensors[m] for m in card["modalities"]}, tuple(card["classes"]), tuple(card["labels"]), normalisation, card["factor"], signals, card["card"],
-                         tuple(curve.tolist()))
+                         tuple(curve.tolist()), card.get("order", "columns"), space)
 
 DistilledData.save, DistilledData.load = save, staticmethod(load)
 
-# %% ../nbs/30_distilled.ipynb #cell-013
+# %% ../nbs/30_distilled.ipynb #cell-015
 def merge(shards: list) -> DistilledData:
     "One distilled set from shards with disjoint classes; ValueError where they do not fit"
     first, labels = shards[0], [l for s in shards for l in s.labels]
     if len(set(labels)) < len(labels): raise ValueError(f"shards share the labels {sorted({l for l in labels if labels.count(l) > 1})}")
     for s in shards[1:]:
-        for what in ("factor", "ipc", "normalisation", "signals", "classes"):
+        for what in ("factor", "ipc", "normalisation", "signals", "classes", "order", "space"):
             if getattr(s, what) != getattr(first, what): raise ValueError(f"shards differ in {what}: {getattr(first, what)} and {getattr(s, what)}")
     identity = lambda s: {k: v for k, v in s.card.items() if k != "compute"}
     for s in shards[1:]:
@@ -96,7 +104,7 @@ def merge(shards: list) -> DistilledData:
     curve = tuple(np.sum([s.curve for s in shards], 0).tolist()) if first.curve else ()
     return replace(first, tensors=tensors, labels=tuple(sorted(labels)), curve=curve)
 
-# %% ../nbs/30_distilled.ipynb #cell-016
+# %% ../nbs/30_distilled.ipynb #cell-018
 def export(distilled: DistilledData, folder) -> list:
     "PNG and WAV files of every canvas, one folder a class: for looking and listening, not for training"
     written = []
@@ -106,7 +114,7 @@ def export(distilled: DistilledData, folder) -> list:
             into.mkdir(parents=True, exist_ok=True)
             for i, x in enumerate(samples):
                 path = into / f"{m}{i:04d}.{'wav' if m in distilled.signals else 'png'}"
-                if m in distilled.signals: soundfile.write(path, mel_to_wave(x, distilled.signals[m]).numpy(), distilled.signals[m].sample_rate)
+                if m in distilled.signals: soundfile.write(path, to_wave(x, distilled.signals[m]).numpy(), distilled.signals[m].sample_rate)
                 else: save_image(x, path)
                 written.append(path)
     return written

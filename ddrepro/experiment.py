@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Experiment', 'work_folder', 'runs_folder', 'store_folder', 'experiment_digest', 'git_revision',
-           'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked', 'distillation_run', 'sealed', 'unsealed',
-           'rows_path', 'read_rows', 'job_of', 'run_all', 'labelled']
+           'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked', 'snapshot_path', 'with_snapshots',
+           'snapshot_keeper', 'distillation_run', 'sealed', 'unsealed', 'rows_path', 'read_rows', 'job_of',
+           'distilled_all', 'run_each', 'run_all', 'labelled']
 
 # %% ../nbs/70_experiment.ipynb #cell-003
 import hashlib, io, json, os, platform, subprocess, time
@@ -19,15 +20,16 @@ import torch
 from tqdm.auto import tqdm
 
 import ddrepro
-from .distill import distill
+from .distill import distill, distilled_from
 from .distilled import DistilledData
 from .evaluate import evaluation_job, score_each, whole_job
 from .files import DamagedFile, write_atomic, write_json
 from .method import Method
-from .moments import keep_freed_memory, resolve_compute
+from .moments import resolve_compute
 from .provenance import canonical, code_digest, short_hash
 from .share import project_root
 from .training import Recipe, get_recipe
+from .workers import keep_freed_memory
 
 # %% ../nbs/70_experiment.ipynb #cell-006
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Experiment:
     fusion: str = "ensemble"
     epochs: int = None               # of evaluation; default the recipe's
     width: int = 128                 # of evaluation networks where there is no method to say it
+    net: str = "convnet"             # kind of the evaluation networks: cross-architecture
+    at: int = None                   # score the set as it was after so many iterations; default the last
     label: str = ""                  # how tables name the row; not part of the hash
 
     @property
@@ -53,7 +57,8 @@ class Experiment:
     def evaluation(self) -> dict:
         "What the rows depend on besides"
         recipe = get_recipe(self.recipe or ("avdd" if self.method else "avdd_whole"))
-        return dict(recipe=asdict(recipe), part=self.part, fusion=self.fusion, epochs=self.epochs, width=getattr(self.method, "width", self.width))
+        return dict(recipe=asdict(recipe), part=self.part, fusion=self.fusion, epochs=self.epochs, width=getattr(self.method, "width", self.width),
+                    net=self.net, at=self.at)
 
 # %% ../nbs/70_experiment.ipynb #cell-009
 def work_folder() -> Path:
@@ -110,19 +115,36 @@ def as_asked(run: Run, compute: dict) -> Run:
         if wanted != "auto" and has is not None and wanted != has: raise AskedOtherwise(f"{run.folder.name} was computed with {what} {has!r}, {wanted!r} is asked for")
     return run
 
-def distillation_run(e: Experiment, real, runs=None, store=None, compute: dict = None, refresh=False, progress=True) -> Run:
+def snapshot_path(folder: Path, at: int) -> Path: return folder / f"at-{at:06d}"
+
+def with_snapshots(run: Run, snapshots) -> Run:
+    "The run, unless a set on its way is asked for that was not kept"
+    if lacking := [at for at in sorted(snapshots) if not snapshot_path(run.folder, at).with_suffix(".json").exists()]:
+        raise AskedOtherwise(f"{run.folder.name} did not keep the set after {lacking[0]} iterations")
+    return run
+
+def snapshot_keeper(e: Experiment, real, folder: Path, snapshots):
+    "What `distill` calls after each iteration, to keep the synthetic set on its way"
+    def keep(t, loss, S):
+        if t + 1 not in snapshots: return
+        card = dict(method=e.method.spec(), dataset=real.name, data=real.fingerprint, seed=e.seed, at=t + 1)
+        distilled_from({f"S/{m}": x for m, x in S.items()}, e.method, real, tuple(range(len(real.classes))), card, ()).save(snapshot_path(folder, t + 1))
+    return keep if snapshots else None
+
+def distillation_run(e: Experiment, real, runs=None, store=None, compute: dict = None, refresh=False, progress=True, snapshots=()) -> Run:
     "The distilled set of an experiment: from its folder, finished from a checkpoint, or made"
     folder = Path(runs or runs_folder()) / short_hash(e.distillation(real))
     certificate = folder / "certificate.txt"
     if refresh:
         for old in folder.glob("*"): old.unlink()
     if certificate.exists():
-        try: return as_asked(Run(folder, DistilledData.load(folder / "distilled") if e.method else None, json.loads(unsealed(certificate))), compute)
+        try: return with_snapshots(as_asked(Run(folder, DistilledData.load(folder / "distilled") if e.method else None, json.loads(unsealed(certificate))), compute), snapshots)
         except (DamagedFile, FileNotFoundError, AskedOtherwise) as why: print(f"{why}; making it again")
     write_json(folder / "spec.json", e.distillation(real))
     started, clock, distilled = datetime.now(timezone.utc), time.monotonic(), None
     if e.method:
-        distilled = distill(e.method, real, e.seed, store=store or store_folder(), folder=folder, progress=progress, **(compute or {}))
+        distilled = distill(e.method, real, e.seed, store=store or store_folder(), folder=folder, progress=progress,
+                            **dict(on_iteration=snapshot_keeper(e, real, folder, snapshots)) | (compute or {}))
         distilled.save(folder / "distilled")
         write_atomic(folder / "loss.csv", pd.DataFrame({"iteration": range(len(distilled.curve)), "loss": distilled.curve}).to_csv(index=False).encode())
     facts = dict(spec=e.distillation(real), dataset=real.name, digest=experiment_digest(e.method), started=started.isoformat(timespec="seconds"),
@@ -132,7 +154,7 @@ def distillation_run(e: Experiment, real, runs=None, store=None, compute: dict =
     return Run(folder, distilled, facts)
 
 # %% ../nbs/70_experiment.ipynb #cell-017
-COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "steps", "samples", "part", "fusion", "recipe", "run", "digest"]
+COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps", "samples", "part", "fusion", "recipe", "net", "at", "run", "digest"]
 
 def sealed(text: str) -> bytes:
     "Text with its SHA-256 in a last line"
@@ -155,35 +177,49 @@ def read_rows(run: Run, e: Experiment) -> pd.DataFrame:
     return pd.DataFrame(columns=COLUMNS)
 
 def job_of(e: Experiment, real, run: Run) -> dict:
-    "Keywords of `score_one` but the seeds"
+    "Keywords of `score` but the seeds"
     v = e.evaluation()
-    recipe = Recipe(**{**v["recipe"], "drops": tuple(v["recipe"]["drops"])})
-    if run.distilled is None: return whole_job(real, recipe, e.part, v["width"], e.fusion, e.epochs)
-    return evaluation_job(run.distilled, real, recipe, e.part, v["width"], e.fusion, e.epochs)
+    how = dict(recipe=Recipe(**v["recipe"]), part=e.part, width=v["width"], fusion=e.fusion, epochs=e.epochs, net=e.net)
+    if run.distilled is None: return whole_job(real, **how)
+    return evaluation_job(run.distilled if e.at is None else DistilledData.load(snapshot_path(run.folder, e.at)), real, **how)
 
-def run_all(
+def distilled_all(experiments, real, runs, store, compute, refresh, progress) -> list:
+    "Every experiment's run; a distillation keeps the sets on its way that any of them is to score"
+    key = lambda e: short_hash(e.distillation(real))
+    wanted, done = {}, {}
+    for e in experiments: wanted.setdefault(key(e), set()).update({e.at} - {None})
+    for e in experiments:
+        if key(e) not in done: done[key(e)] = distillation_run(e, real, runs, store, compute, refresh, progress, wanted[key(e)])
+    return [done[key(e)] for e in experiments]
+
+def run_each(
     experiments: list, real, *,
     runs=None, store=None,      # folders; default runs_folder() and its store
     compute: dict = None,       # device, precision, compile: passed to `distill`
     refresh: bool = False,      # make everything anew
     progress: bool = True
-) -> pd.DataFrame:              # tidy rows of all experiments, labelled
+) -> list:                      # an experiment: its tidy rows, labelled
     "Distil what is missing, one after the other; then evaluate what is missing, side by side; rows are saved as they come"
     keep_freed_memory()
-    done = [distillation_run(e, real, runs, store, compute, refresh, progress) for e in experiments]
+    done = distilled_all(experiments, real, runs, store, compute, refresh, progress)
     missing = {(rows_path(run, e), k): (e, run, k) for e, run in zip(experiments, done) for k in range(e.eval_seeds) if k not in set(read_rows(run, e).eval_seed)}
     missing = list(missing.values())       # two rows of a table may be one experiment under two names
-    jobs = (job_of(e, real, run) | {"seeds": (e.seed, k)} for e, run, k in missing)
+    shared = {rows_path(run, e): job_of(e, real, run) for e, run, _ in missing}
+    jobs = [shared[rows_path(run, e)] | {"seeds": [(e.seed, k)]} for e, run, k in missing]
     device = resolve_compute((compute or {}).get("device", "auto")).device
     bar = tqdm(total=len(missing), desc="evaluation networks", disable=not progress or not missing)
-    for (e, run, k), found in zip(missing, score_each(list(jobs), device)):
+    for (e, run, k), found in zip(missing, score_each(jobs, device)):
         facts = dict(dataset=real.name, ipc=e.method.ipc if e.method else 0, factor=e.method.factor if e.method else 1, part=e.part, fusion=e.fusion,
-                     recipe=e.evaluation()["recipe"]["name"], run=run.folder.name, digest=experiment_digest(e.method), method=e.method.name if e.method else "whole data")
+                     recipe=e.evaluation()["recipe"]["name"], net=e.net, at=e.at or (e.method.iterations if e.method else 0), run=run.folder.name, digest=experiment_digest(e.method), method=e.method.name if e.method else "whole data")
         rows = pd.concat([x for x in (read_rows(run, e), pd.DataFrame([r | facts for r in found])) if len(x)])
         write_atomic(rows_path(run, e), sealed(rows[COLUMNS].to_csv(index=False)))
         bar.update()
     bar.close()
-    return pd.concat([labelled(e, run) for e, run in zip(experiments, done)], ignore_index=True)
+    return [labelled(e, run) for e, run in zip(experiments, done)]
+
+def run_all(experiments: list, real, **more) -> pd.DataFrame:
+    "The rows of all experiments in one table; arguments as `run_each`"
+    return pd.concat(run_each(experiments, real, **more), ignore_index=True)
 
 def labelled(e: Experiment, run: Run) -> pd.DataFrame:
     "The experiment's own rows under its table name, and whether other code than today's made them or their distilled set"

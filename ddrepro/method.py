@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 
+from .formation import per_canvas
 from .share import choose
 
 # %% ../nbs/32_method.ipynb #cell-006
@@ -82,13 +83,26 @@ class Method(Configuration):
     class_separable = True             # whether classes can be distilled apart
     clamp = None                       # (low, high) applied to S at the start of every iteration
 
+    def order_on(self, real) -> str:
+        "How canvases of these data are cut (`formation.ORDERS`)"
+        return "columns"
+
+    def space_on(self, real) -> dict:
+        "Modality → space S is stored in: 'normalised', or 'pixels' in [0, 1] (E-2)"
+        return {m: "normalised" for m in real.shapes}
+
+    def bounds(self, real, modality: str):
+        "(low, high) applied to a modality's S at the start of every iteration, or None"
+        return self.clamp
+
     def check(self, real):
         "Raise ValueError where this method cannot work on these data"
-        need = self.ipc * self.factor**2
+        order = self.order_on(real)
+        need = self.ipc * per_canvas(self.factor, order)
         if need > real.smallest_class:
             raise ValueError(f"ipc={self.ipc} with factor {self.factor} needs {need} real samples a class to start from; the smallest class of "
-                             f"{real.name} has {real.smallest_class}, so ipc can be at most {real.smallest_class // self.factor**2}")
-        for m, shape in real.shapes.items():
+                             f"{real.name} has {real.smallest_class}, so ipc can be at most {real.smallest_class // per_canvas(self.factor, order)}")
+        for m, shape in real.shapes.items() if order == "columns" else ():
             if any(side % self.factor for side in shape[1:]): raise ValueError(f"factor {self.factor} does not divide the {m} size {shape[1]}×{shape[2]} of {real.name}")
 
     def prepare(self, context): "Make the helpers of a run"
@@ -105,7 +119,7 @@ class Method(Configuration):
         "Extra state after the step"
         return state
 
-    def rules(self, classes: tuple, total: int, modalities) -> dict:
+    def rules(self, context) -> dict:
         "Modality → StepRule"
         raise TypeError(f"{type(self).__name__} does not define rules")
 

@@ -25,7 +25,8 @@ def published(paper: str = "avdd", table: str = None, dataset: str = None) -> pd
     if table: rows = rows[rows.table == choose("table", table, sorted(rows.table.unique()))]
     return rows[rows.dataset == dataset] if dataset else rows
 
-PAPERS = {"avdd": "Dataset distillation for audio-visual datasets (Kushwaha, Vasireddy, Wang, Tian)"}
+PAPERS = {"avdd": "Dataset distillation for audio-visual datasets (Kushwaha, Vasireddy, Wang, Tian)",
+          "dsdm": "Diversified semantic distribution matching for dataset distillation (DSDM, ACM MM 2024)"}
 
 # %% ../nbs/72_papers.ipynb #cell-011
 AVDD_ROWS = {

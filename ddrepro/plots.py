@@ -30,7 +30,7 @@ from .formation import decode
 from .nets import same_width
 from .seeding import key_bits, keyed_choice
 from .share import choose, need
-from .signals import mel_to_wave
+from .signals import to_wave
 
 # %% ../nbs/74_plots.ipynb #cell-004
 HTML = need("IPython.display", "notebooks", "to show sounds and tables").HTML
@@ -158,13 +158,13 @@ def real_sounds(real: RealData, classes=5, part: str = "train") -> list:
     data = getattr(real, choose("part", part, PARTS))
     chosen = some_classes(classes, data.by_class)
     first = lambda m, c: data.inputs[m][data.by_class[c][0]]
-    return [(real.classes[c], mel_to_wave(first(m, c), p), p.sample_rate) for m, p in real.signals.items() for c in chosen]
+    return [(real.classes[c], to_wave(first(m, c), p), p.sample_rate) for m, p in real.signals.items() for c in chosen]
 
 def distilled_sounds(distilled: DistilledData, classes=5) -> list:
     "The first synthetic sound of every class, decoded, for `players`"
     chosen = some_classes(classes, distilled.labels)
     first = lambda m, c: decode(stored_samples(distilled, m, c, 1), distilled.factor)[0]
-    return [(distilled.classes[c], mel_to_wave(first(m, c), p), p.sample_rate) for m, p in distilled.signals.items() for c in chosen]
+    return [(distilled.classes[c], to_wave(first(m, c), p), p.sample_rate) for m, p in distilled.signals.items() for c in chosen]
 
 # %% ../nbs/74_plots.ipynb #cell-027
 def running_median(curve, window: int) -> np.ndarray:

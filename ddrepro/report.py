@@ -107,7 +107,7 @@ def shown_cell(
 ) -> bool:
     "Whether a report shows a cell"
     tags = set(cell.metadata.get("tags", []))
-    if cell.cell_type != "code": return "hide-cell" not in tags
+    if cell.cell_type != "code": return cell.cell_type == "markdown" and "hide-cell" not in tags
     directives = dict(re.findall(r"^#\|\s*([\w-]+)(?::\s*(.*))?$", cell.source, re.M))
     if "hide-cell" in tags or "hide" in directives: return False
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")

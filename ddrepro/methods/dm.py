@@ -44,8 +44,8 @@ class MeanMatching(Method):
         choose("start_from", self.start_from, STARTS); choose("step_rule", self.step_rule, STEP_RULES)
         if not self.lr > 0 or not 0 <= self.momentum < 1: raise ValueError(f"lr must be positive and momentum in [0, 1), got {self.lr} and {self.momentum}")
 
-    def rules(self, classes, total, modalities):
-        return {m: StepRule(self.step_rule, self.lr * self.lr_factor, self.momentum, classes, total) for m in modalities}
+    def rules(self, context):
+        return {m: StepRule(self.step_rule, self.lr * self.lr_factor, self.momentum, context.classes, context.total) for m in context.real.modalities}
 
     def start(self, context):
         return initial(context, self.start_from, self.ipc, self.factor, self.width, selection_seed=self.selection_seed), {}
