@@ -23,10 +23,9 @@ from .data import RealData
 from .distilled import DistilledData
 from .losses import prototype_loss
 from .moments import EXACT, Compute, features
-from .plots import HTML, PALETTE, STALE, colour_scale, colours, new_figure, plus_minus, some_classes, tsne
+from .plots import HTML, PALETTE, STALE, colour_scale, colours, new_figure, plus_minus, some_classes, tsne, unit_of
 from .seeding import keyed_choice
 from .share import choose
-from .signals import LogSpectrogram
 
 # %% ../nbs/80_dsdm_figures.ipynb #cell-007
 ALIKE = ("dataset", "ipc", "factor", "modality", "part", "fusion", "recipe", "net", "at")   # the same in all rows of one mean
@@ -282,7 +281,7 @@ def grid_samples(distilled: dict, per_class: int, classes, modality: str) -> dic
     for name, s in distilled.items():
         m, chosen = only_modality(modality, s.tensors), some_classes(classes, s.labels)
         canvases = s.natural(m)[[s.labels.index(c) for c in chosen]][:, :per_class].detach().cpu()
-        unit = None if m not in s.signals else "log magnitude" if isinstance(s.signals[m], LogSpectrogram) else "dB"
+        unit = unit_of(s.signals, m) or None
         found[name] = canvases, [s.classes[c] for c in chosen], unit
     if len({unit for *_, unit in found.values()}) > 1: raise ValueError("the sets mix sounds and images, or kinds of spectrogram")
     return found
