@@ -148,7 +148,7 @@ def result_cells(s: DSDMSettings, table: int, ipcs: list, rows=None, controls=Fa
         if not known(name): continue
         for ipc in ipcs if name != "Whole data" else [0]:
             cells += [Cell(place, s.experiment(METHODS[name], ipc, name, k)) for k in range(1 if name == "Whole data" else s.seeds)]
-    for ipc in ipcs if controls and not rows else (): cells += control_cells(s, ipc, place)
+    for ipc in ipcs if controls and {"DM", "DSDM"} <= set(rows or ROWS[table]) else (): cells += control_cells(s, ipc, place)
     return cells
 
 def cross_cells(s: DSDMSettings, ipc: int, nets, rows=None) -> list:

@@ -22,7 +22,7 @@ class MemoryBank:
     scope: str = "shared"      # "shared" by all networks, or one "per_model"
 
     def __post_init__(self):
-        choose("start of the memory bank", self.start, ("first", "zero")); choose("scope of the memory bank", self.scope, ("shared", "per_model"))
+        choose("bank_start", self.start, ("first", "zero")); choose("bank_scope", self.scope, ("shared", "per_model"))
         if not 0 <= self.smoothing <= 1: raise ValueError(f"smoothing must lie in [0, 1], got {self.smoothing}")
 
     def empty(self, classes: int, width: int, models: int, like: torch.Tensor) -> dict:

@@ -69,7 +69,7 @@ def resolve_compute(
     if precision == "auto": precision = "bfloat16" if faster and has_bfloat16(device) else "float32"
     return Compute(device, precision, compiled, chunk or (1024 if device.startswith("cuda") else 32 if compiled else 64), torch.get_num_threads())
 
-LONG_RUN = 32 * 50     # iterations × width from which the half minute of compiling is regained
+LONG_RUN = 32 * 60     # iterations × width from which the half minute of compiling is regained
 
 # %% ../nbs/24_moments.ipynb #cell-009
 def even_chunks(n: int, most: int) -> list:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .files import DamagedFile, load_tensors, save_tensors
 from .nets import FusionNet, NetSpec, make_net, spec_for
-from .provenance import code_digest, short_hash
+from .provenance import canonical, code_digest, short_hash
 from .seeding import keyed_int
 from .training import Recipe, get_recipe, new_net, train, train_together
 from .workers import side_by_side
@@ -105,12 +105,17 @@ class Pool:
     def stored(self, index: int):
         "Weights of a network from the store, or None"
         if not self.root or not (file := self.path(index, self.epochs)).exists(): return None
-        try: return load_tensors(file, "pool network")[0]
+        try: state, meta = load_tensors(file, "pool network")
         except DamagedFile as damage: print(f"pool: {damage}; training network {index} again")
+        else:
+            if canonical(meta) == canonical(self.identity(index, self.epochs)): return state
+            print(f"pool: {file} belongs to another network; training network {index} again")
+
+    def identity(self, index: int, epochs: int) -> dict: return self.key() | dict(index=index, epochs=epochs)
 
     def keep(self, index: int, found: dict) -> dict:
         "Put a network's epochs into the store; returns the weights asked for"
-        for epochs, state in found.items() if self.root else (): save_tensors(self.path(index, epochs), state, "pool network", self.key() | dict(index=index, epochs=epochs))
+        for epochs, state in found.items() if self.root else (): save_tensors(self.path(index, epochs), state, "pool network", self.identity(index, epochs))
         self.trained += 1
         return found[self.epochs]
 
@@ -119,8 +124,8 @@ class Pool:
         if self.nets is not None: return self
         states = {i: self.stored(i) for i in range(self.models)}
         missing = [i for i, s in states.items() if s is None]
-        recipe = self.recipe or get_recipe("pool")
-        jobs = [pool_job(self.real, self.modality, self.spec, recipe, self.seed, i, self.epochs) for i in missing]
+        shared = pool_job(self.real, self.modality, self.spec, self.recipe or get_recipe("pool"), self.seed, 0, self.epochs) if missing else {}
+        jobs = [shared | dict(index=i) for i in missing]
         for i, found in zip(missing, tqdm(self.results(jobs), desc=f"pool: {self.modality} networks", total=len(jobs), disable=not progress or not jobs)): states[i] = self.keep(i, found)
         self.nets = [self.frozen(s) for _, s in sorted(states.items())]
         return self

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from ..augment import check_strategy
 from ..data import _entries
 from ..formation import ORDERS
 from ..losses import covariance_loss, historical_loss, prototype_loss
@@ -92,8 +93,14 @@ class DSDMBase(DSDMConfiguration):
         super().check(real)
         choose("order", self.order, ORDERS); choose("start_from", self.start_from, STARTS); choose("source", self.source, ("pool", "random"))
         choose("step_rule", self.step_rule, STEP_RULES); choose("divisor", self.divisor, ("n-1", "n")); self.bank
-        for what, least in (("models", 1), ("pool_epochs", 0), ("lambda_sd", 0), ("lambda_h", 0), ("batch", 1)):
+        choose("shrink", self.shrink, ("bilinear", "nearest")); check_strategy(self.strategy or "")
+        for what, least in (("models", 1), ("pool_epochs", 0), ("batch", 1), ("pool_batch", 1), ("width", 1)):
+            if isinstance(getattr(self, what), bool) or not isinstance(getattr(self, what), int): raise TypeError(f"{what} must be an integer, got {getattr(self, what)!r}")
             if getattr(self, what) < least: raise ValueError(f"{what} must be at least {least}, got {getattr(self, what)}")
+        for what in ("lambda_sd", "lambda_h"):
+            if not 0 <= getattr(self, what) < float("inf"): raise ValueError(f"{what} must be at least 0, got {getattr(self, what)}")
+        if not 0 <= self.pool_cutmix <= 1: raise ValueError(f"pool_cutmix must lie in [0, 1], got {self.pool_cutmix}")
+        if self.smooth_iter is not None and self.smooth_iter < -1: raise ValueError(f"smooth_iter must be at least -1, got {self.smooth_iter}")
         if self.lr is not None and not self.lr > 0 or not 0 <= self.momentum < 1: raise ValueError(f"lr must be positive and momentum in [0, 1), got {self.lr} and {self.momentum}")
 
     def rate(self, real, modality) -> float: return dsdm_rate(self.ipc, real.shapes[modality][1], real.name) if self.lr is None else self.lr
