@@ -18,3 +18,33 @@ def test_accuracies(column, ipc):
     found = {cells[0]: cells[column] for cells in printed if len(cells) == 4 and "±" in cells[column]}
     assert {"Random", "Herding", "DM", "AVDD", "Whole data"} <= set(found)
     for row, text in found.items(): assert text == f"{kept.loc[(row, 'AV'), 'mean']:.1f} ± {kept.loc[(row, 'AV'), 'std']:.1f}", row
+
+
+def readme_tables():
+    "Tables of the README: header cells, rows of cells"
+    tables, lines = [], (ROOT / "README.md").read_text().splitlines()
+    for before, rule, *_ in zip(lines, lines[1:]):
+        if not re.fullmatch(r"\|(---\|)+", rule): continue
+        head = [cell.strip() for cell in before.strip("| ").split("|")]
+        rows = []
+        for line in lines[lines.index(before) + 2:]:
+            if not line.startswith("|"): break
+            rows.append([cell.strip() for cell in line.strip("| ").split("|")])
+        tables.append((head, rows))
+    return tables
+
+
+DSDM_FILES = {"digits": "dsdm_digits", "mnist": "dsdm_mnist_fashion_ipc10", "fashion_mnist": "dsdm_mnist_fashion_ipc10", "fsdd": "dsdm_fsdd"}
+
+
+def test_dsdm_accuracies():
+    head, rows = next((h, r) for h, r in readme_tables() if h[0] == "row" and "mnist, IPC 10" in h)
+    checked = 0
+    for row, *cells in rows:
+        for column, text in zip(head[1:], cells):
+            name, ipc = re.fullmatch(r"(\w+), IPC (\d+)", column).groups()
+            kept = pd.read_csv(ROOT / f"reports/{DSDM_FILES[name]}.csv")
+            kept = kept[(kept.place == ("Table 2" if name == "fsdd" else "Table 1")) & (kept.dataset == name) & (kept.row == row) & (kept.ipc == (0 if row == "Whole data" else int(ipc)))]
+            assert text == (f"{kept.accuracy.mean():.1f} ± {kept.accuracy.std(ddof=0):.1f}" if len(kept) else "–"), (row, column)
+            checked += bool(len(kept))
+    assert checked >= 25
