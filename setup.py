@@ -61,7 +61,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"notebooks": notebooks, "dev": requirements("dev_requirements") + notebooks},
+    extras_require={"notebooks": notebooks, "encoders": requirements("encoders_requirements"), "dev": requirements("dev_requirements") + notebooks},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [cfg["lib_name"] + "=" + cfg["lib_name"] + "._modidx:d"],

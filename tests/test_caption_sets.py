@@ -1,0 +1,268 @@
+"""Caption cleaning against the authors' code, caption sets from small made-up trees of every format, and the real pack if it is here."""
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddrepro.datasets.caption_sets as chapter
+from ddrepro.data import PARTS, list_data, load_data
+from ddrepro.files import DamagedFile
+from ddrepro.pairs import CLIP, PairData, clean_caption, pairs_html
+from ddrepro.seeding import keyed
+
+# What pre_caption(text, 30) of princetonvisualai/multimodal_dataset_distillation (commit c696fd6, data/flickr30k_dataset.py) returns
+LONG = [f"w{i}" for i in range(40)]
+REFERENCE = [
+    ("A dog runs.", "a dog runs"),
+    ("Two young guys with shaggy hair look at their hands while hanging out in the yard .",
+     "two young guys with shaggy hair look at their hands while hanging out in the yard"),
+    ('A man says "hello"!', "a man says hello"),
+    ("  Leading and trailing   spaces  ", "leading and trailing spaces"),
+    ("UPPER CASE WORDS", "upper case words"),
+    ("semi;colon:and~tilde", "semi colon and tilde"),
+    ("hash #1 (one) * star", "hash 1 one star"),
+    ("It's a mother-in-law, isn't it?", "it's a mother-in-law, isn't it?"),
+    ("a.b.c.d", "a b c d"),
+    ("...", ""),
+    ("Ünïcödé ÉCOLE straße", "ünïcödé école straße"),
+    ("日本語 の 字幕。", "日本語 の 字幕。"),
+    ("<script>alert('x')</script>", "<script>alert 'x' </script>"),
+    ("100% & 50$ / 3 @ home", "100% & 50$ / 3 @ home"),
+    (" ".join(LONG[:29]), " ".join(LONG[:29])),
+    (" ".join(LONG[:30]), " ".join(LONG[:30])),
+    (" ".join(LONG[:31]).upper(), " ".join(LONG[:30])),
+    (" . ".join(LONG), " ".join(LONG[:30])),
+    ("many\n\nlines  \n here", "many lines here"),
+    ("ends with newline.\n", "ends with newline")]
+
+
+def test_captions_are_cleaned_as_the_authors_do():
+    assert len(REFERENCE) == 20
+    for given, expected in REFERENCE: assert clean_caption(given) == expected
+
+
+# Scenes
+
+@pytest.fixture(scope="module")
+def scenes(): return load_data("digit_scenes")
+
+
+def test_scenes_are_the_same_every_time(scenes):
+    assert isinstance(scenes, PairData)
+    assert scenes.fingerprint == "f4a86ead07f93b496fa2e108ef06e9a1" == load_data("digit_scenes").fingerprint
+
+
+def test_parts_share_no_handwriting():
+    samples = chapter.split_samples(chapter.load_digits().target)
+    drawn = {p: {f.sample for i in range(500) for f in chapter.draw_scene(p, i, samples[p]).figures} for p in PARTS}
+    assert not drawn["train"] & drawn["test"] and not drawn["train"] & drawn["validation"] and not drawn["validation"] & drawn["test"]
+
+
+def test_captions_are_true(scenes):
+    "Every caption names each digit with its colour; places and grounds that it names are the scene's"
+    samples = chapter.split_samples(chapter.load_digits().target)
+    colour_of = {word: c for c in chapter.COLOURS for word in (c, chapter.SYNONYMS[c])}
+    digit_of = {word: d for d, name in enumerate(chapter.NAMES) for word in (name, str(d))}
+    place_of = sorted(((phrase, i) for i, both in enumerate(chapter.PLACES) for phrase in both), key=lambda p: -len(p[0]))
+    for i in range(500):
+        scene = chapter.draw_scene("test", i, samples["test"])
+        for caption in scenes.test.captions[i]:
+            words = clean_caption(caption).replace(",", "").split()
+            named = [(colour_of[a], digit_of[b]) for a, b in zip(words, words[1:]) if a in colour_of and b in digit_of]
+            assert sorted(named) == sorted((f.colour, f.digit) for f in scene.figures), caption
+            text, places = caption.lower(), set()
+            for phrase, place in place_of:
+                if phrase in text: text, places = text.replace(phrase, ""), places | {place}
+            assert places <= {f.place for f in scene.figures}, caption
+            assert {g for g in chapter.GROUNDS if g in words} <= {scene.ground}, caption
+            assert ("striped" not in words or scene.striped) and ("plain" not in words or not scene.striped), caption
+
+
+# The pack
+
+def test_flickr8k_from_its_pack(data_root):
+    files = chapter.flickr8k_files(data_root)
+    if not all(path.is_file() for path in files.values()): pytest.skip("no Flickr8k in DDREPRO_DATA")
+    real, rows = load_data("flickr8k"), json.loads((data_root / "flickr8k" / "captions.json").read_text())
+    official = "validation" in files
+    assert [len(getattr(real, p)) for p in PARTS] == [6000 if official else 5000, 1000, 1000] and real.shapes == {"image": (3, 64, 64)}
+    assert ("drawn by key" in real.about["remark"]) != official
+    captions = {(r["split"], r["index"]): r["captions"] for r in rows}
+    assert real.test.captions == [captions["test", i] for i in range(1000)]
+    assert len(real.pairs("test")) == 5000 and real.normalisation["image"] == CLIP
+    with np.load(files["test"]) as pack: assert (real.test.images[3].permute(1, 2, 0).numpy() == pack["images"][3]).all()
+    if official: return
+    rest = {p: [tuple(own) for own in getattr(real, p).captions] for p in ("train", "validation")}
+    assert sorted(rest["train"] + rest["validation"]) == sorted(tuple(captions["train", i]) for i in range(6000))
+    with np.load(files["train"]) as pack: pictures = pack["images"]
+    row = next(i for i in range(6000) if captions["train", i] == real.validation.captions[500])
+    assert (real.validation.images[500].permute(1, 2, 0).numpy() == pictures[row]).all()
+
+
+def test_damaged_pack_is_named(data_root, tmp_path):
+    source = data_root / "flickr8k" / "captions.json"
+    if not source.is_file(): pytest.skip("no Flickr8k in DDREPRO_DATA")
+    (tmp_path / "flickr8k").mkdir()
+    for path in chapter.flickr8k_files(tmp_path).values(): path.write_bytes(b"no pack")
+    with pytest.raises(DamagedFile, match="captions.json is damaged or another version"): load_data("flickr8k", root=tmp_path)
+    (tmp_path / "flickr8k" / "captions.json").write_bytes(source.read_bytes())
+    with pytest.raises(DamagedFile, match=r"flickr8k_\w+_64.npz is damaged"): load_data("flickr8k", root=tmp_path)
+
+
+# Karpathy's files
+
+def picture(*key, shape=(20, 30, 3)): return Image.fromarray(keyed(0, "test/pictures", *key).integers(0, 256, shape, dtype=np.uint8))
+
+
+def make_tree(root, name):
+    "A tree of the published form; its rows"
+    own, below = root / name, ("train2014", "val2014") if name == "coco" else ("",)
+    folder = own if name == "coco" else own / "flickr30k-images"
+    rows = []
+    for i, split in enumerate(("train", "train", "restval" if name == "coco" else "train", "val", "test", "test")):
+        row = dict(filename=f"{i}.png", split=split, sentences=[dict(raw=f"Picture {i}, said {j} times.") for j in range(5 + (i == 4))])
+        if name == "coco": row["filepath"] = below[i % 2]
+        target = folder / row.get("filepath", "") / row["filename"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(target)
+        rows.append(row)
+    write_rows(root, name, rows)
+    return rows
+
+
+def write_rows(root, name, rows): (root / name / f"dataset_{name}.json").write_text(json.dumps(dict(images=rows, dataset=name)))
+
+
+@pytest.mark.parametrize("name", ["flickr30k", "coco"])
+def test_karpathy(name, tmp_path, monkeypatch):
+    make_tree(tmp_path, name)
+    monkeypatch.setenv("DDREPRO_DATA", str(tmp_path))
+    assert list_data().set_index("name").found[name] == "DDREPRO_DATA files"
+    real = load_data(name, size=16)
+    assert [len(getattr(real, p)) for p in PARTS] == [3, 1, 2]
+    assert real.test.captions[0][5] == "Picture 4, said 5 times." and real.pairs("test").image_of.tolist() == [0] * 6 + [1] * 5
+    assert "images" not in vars(real.test)
+    expected = np.asarray(picture(4).resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert (real.test.images[0].numpy() == expected).all() and "images" not in vars(real.train)
+    assert real.fingerprint == load_data(name, size=16).fingerprint != load_data(name, size=17).fingerprint
+    folder = tmp_path / name if name == "coco" else tmp_path / name / "flickr30k-images"
+    given = load_data(name, size=16, file=tmp_path / name / f"dataset_{name}.json", images=folder, root=tmp_path / "elsewhere")
+    assert given.fingerprint == real.fingerprint
+
+
+def rows_with(change):
+    "Rows of a tree after a change"
+    def make(root):
+        rows = make_tree(root, "flickr30k")
+        change(rows)
+        write_rows(root, "flickr30k", rows)
+    return make
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows: rows[1].update(filename="gone.png"), "names 'gone.png', which is not in .*flickr30k-images"),
+    (lambda rows: [row.update(filename="gone.png") for row in rows[:3]], r"names 'gone.png' \(and 2 others\)"),
+    (lambda rows: rows[2]["sentences"][3].update(raw=" . "), "caption 3 of '2.png' is empty once cleaned"),
+    (lambda rows: rows[2].update(sentences=[]), "'2.png' has no caption"),
+    (lambda rows: rows[0].update(split="tests"), "split of 0.png must be one of .* the nearest is 'test'"),
+    (lambda rows: rows[0].pop("sentences"), "image 0 must have filename, split and sentences"),
+    (lambda rows: rows.insert(0, "no row"), "image 0 must have filename, split and sentences"),
+    (lambda rows: [row.update(split="train") for row in rows], "dataset_flickr30k.json has no validation image")])
+def test_wrong_karpathy_files_are_refused(change, message, tmp_path):
+    rows_with(change)(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message): load_data("flickr30k", root=tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="coco: .*dataset_coco.json is not there; give file=.*DDREPRO_DATA"):
+        load_data("coco", root=tmp_path)
+    make_tree(tmp_path, "flickr30k")
+    with pytest.raises(FileNotFoundError, match="nowhere is not there; give images="):
+        load_data("flickr30k", root=tmp_path, images=tmp_path / "nowhere")
+    (tmp_path / "flickr30k" / "flickr30k-images" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
+    real = load_data("flickr30k", root=tmp_path)
+    with pytest.raises(DamagedFile, match="4.png cannot be read as an image"): real.test.images
+    file = tmp_path / "flickr30k" / "dataset_flickr30k.json"
+    file.write_text("{")
+    with pytest.raises(DamagedFile, match="not valid JSON"): load_data("flickr30k", root=tmp_path)
+    file.write_text("[1, 2]")
+    with pytest.raises(DamagedFile, match="holds no list 'images'"): load_data("flickr30k", root=tmp_path)
+
+
+# Tables
+
+@pytest.fixture
+def table(tmp_path):
+    "A function that writes a table of pictures 0…9 and gives its path"
+    (tmp_path / "photos").mkdir()
+    for i in range(10): picture(i).save(tmp_path / "photos" / f"{i}.png")
+    def write(lines, header=("image", "caption"), encoding="utf-8"):
+        with open(tmp_path / "table.csv", "w", encoding=encoding, newline="") as file: csv.writer(file).writerows([header, *lines])
+        return tmp_path / "table.csv"
+    return write
+
+
+STRANGE = ["<script>alert('x')</script>", "Zwölf Boxkämpfer, größer als Öl", "犬が走る。", "Line one\nand line two", 'He says "hi", then goes']
+
+
+def test_csv(table):
+    lines = [(f"photos/{i}.png", f"Picture {i}") for i in range(10)] + [("photos/3.png", s) for s in STRANGE]
+    real = load_data("caption_csv", file=table(lines), size=16)
+    assert [len(getattr(real, p)) for p in PARTS] == [8, 1, 1]
+    captions = [own for p in PARTS for own in getattr(real, p).captions]
+    assert sorted(map(len, captions)) == [1] * 9 + [6] and ["Picture 3", *STRANGE] in captions
+    assert all(getattr(real, p).images.shape[1:] == (3, 16, 16) for p in PARTS)
+    assert load_data("caption_csv", file=table(lines), size=16).fingerprint == real.fingerprint
+    other = load_data("caption_csv", file=table(lines), size=16, seed=1)
+    assert other.train.captions != real.train.captions
+    shown = pairs_html(torch.zeros(1, 3, 4, 4), [STRANGE])
+    assert "<script" not in shown and "犬が走る。" in shown and "größer" in shown
+
+
+def test_csv_with_other_columns_and_a_byte_order_mark(table):
+    lines = [(i, f"Picture {i}", f"photos/{i}.png") for i in range(10)]
+    file = table(lines, ("id", "text", "path"), "utf-8-sig")
+    real = load_data("caption_csv", file=file, image_column="path", caption_column="text", name="mine")
+    assert (real.name, real.shapes) == ("mine", {"image": (3, 64, 64)})
+
+
+GOOD = [(f"photos/{i}.png", "A picture.") for i in range(10)]
+
+
+@pytest.mark.parametrize("lines, options, message", [
+    ([*GOOD, ("photos/99.png", "A picture.")], {}, "names '99.png', which is not in .*photos"),
+    ([*GOOD, ("photos/1.png", "...")], {}, "line 12: the caption of 'photos/1.png' is empty"),
+    ([*GOOD, ("photos/1.png",)], {}, "line 12: the caption of 'photos/1.png' is empty"),
+    ([*GOOD, ("", "A picture.")], {}, "line 12: image is empty"),
+    (GOOD, dict(image_column="imge"), "image_column of .* must be one of 'image', 'caption'; got 'imge'; the nearest is 'image'"),
+    (GOOD, dict(caption_column="captions"), "the nearest is 'caption'"),
+    (GOOD, dict(size=4), "size must be at least 8 pixels, got 4"),
+    (GOOD, dict(test=1.5), "test must lie between 0 and 1, got 1.5"),
+    (GOOD, dict(constants="Clip"), "constants must be one of 'clip', 'own'"),
+    (GOOD[:2], {}, "2 pictures are too few")])
+def test_wrong_tables_are_refused(lines, options, message, table):
+    with pytest.raises((ValueError, FileNotFoundError), match=message): load_data("caption_csv", file=table(lines), **options)
+
+
+def test_tables_that_are_none(tmp_path, table):
+    with pytest.raises(FileNotFoundError, match="file must name a CSV file"): load_data("caption_csv", file=tmp_path / "gone.csv")
+    with pytest.raises(FileNotFoundError, match="file must name a CSV file"): load_data("caption_csv", file=tmp_path)
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match="empty.csv is empty"): load_data("caption_csv", file=tmp_path / "empty.csv")
+    foreign = table([("photos/1.png", "größer")], encoding="latin-1")
+    with pytest.raises(DamagedFile, match="not UTF-8"): load_data("caption_csv", file=foreign)
+    (tmp_path / "photos" / "5.png").write_text("no picture")
+    with pytest.raises(DamagedFile, match=r"5\.png cannot be read as an image"):
+        real = load_data("caption_csv", file=table(GOOD))
+        for p in PARTS: getattr(real, p).images
+
+
+def test_the_registry_knows_them():
+    shown = list_data().set_index("name")
+    for name in ("digit_scenes", "flickr8k", "flickr30k", "coco", "caption_csv"):
+        assert (shown.modalities[name], shown.classes[name]) == ("image+text", 0)
+    assert shown.found["digit_scenes"] == "embedded" and re.fullmatch(r"\d+/\d+/\d+", shown.sizes["coco"])
