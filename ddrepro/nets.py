@@ -106,7 +106,7 @@ class NetSpec:
 # %% ../nbs/10_nets.ipynb #cell-017
 def block(channels_in: int, width: int, padding: int, norm: str, pool: nn.Module) -> nn.Sequential:
     "Convolution 3×3, normalisation, ReLU, pooling"
-    return nn.Sequential(nn.Conv2d(channels_in, width, 3, padding=padding), NORMS[norm](width), nn.ReLU(), pool)
+    return nn.Sequential(nn.Conv2d(channels_in, width, 3, padding=padding), NORMS[norm](width), nn.ReLU(inplace=True), pool)
 
 class ConvNet(nn.Module):
     "D blocks; `forward` gives flat features (N, d)"

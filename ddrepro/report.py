@@ -113,6 +113,7 @@ def shown_cell(
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     if "hide-input" in tags or directives.get("echo") == "false": cell.source = ""
     cell.outputs = [] if "hide-output" in tags else [output for output in cell.outputs if shown_output(output)]
+    if not cell.outputs and cell.source.startswith(("if ", "for ")): return False     # a part of the notebook that was not asked for
     label = next((SUMMARIES[tag] for tag in SUMMARIES if tag in tags), "code")
     cell.metadata["summary"] = directives.get("code-summary", "").strip("\"'") or label
     return bool(cell.source.strip() or cell.outputs)
