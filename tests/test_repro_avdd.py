@@ -30,7 +30,7 @@ def report(tmp_path_factory):
 
 def test_command_prints_table_and_path(report):
     folder, printed = report
-    for row in ("Random", "Herding", "DM", "AVDD", "Control (plain, rate × 21)", "JM alone", "MGM alone", "Herding, equal steps", "Whole data"): assert row in printed
+    for row in ("Random", "Herding", "DM", "AVDD", "Control (plain, rate × 21)", "JM alone", "MGM alone", "DM, equal steps", "Whole data"): assert row in printed
     path = Path(printed.rsplit("report: ", 1)[1].strip())
     assert path == folder / "reports/avdd_digits_av_ipc2_test.html" and path.stat().st_size > 100_000
 
