@@ -52,7 +52,13 @@ print(Experts(real, {"image": NetSpec(2, 4)}, job["root"], models=2, epochs=3, r
 def real(): return load_data("digits_av").restrict(["image"])
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch): monkeypatch.setenv("DDREPRO_WORKERS", "0")
+def in_this_process_on_one_thread(monkeypatch):
+    "As the children train: results are bit-equal at equal thread counts"
+    monkeypatch.setenv("DDREPRO_WORKERS", "0")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 def experts(real, root, **more):
     return Experts(**{**dict(real=real, specs={"image": NetSpec(2, 4)}, root=root, models=2, epochs=EPOCHS, recipe=QUICK), **more})
