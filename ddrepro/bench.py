@@ -93,6 +93,7 @@ def compute_kinds(width: int) -> dict:
     return {"chunks, float32": Compute(threads=auto.threads), "chunks, float32, compiled (parity)": replace(auto, precision="float32"),
             f"auto: {auto.precision}{', compiled' * auto.compile}": auto}
 
+# %% ../nbs/77_bench.ipynb #cell-010
 def prepared(method, real, compute, store=None) -> Context:
     context = Context(real, 0, tuple(range(len(real.classes))), compute, store)
     with contextlib.redirect_stdout(io.StringIO()): method.prepare(context)
@@ -111,7 +112,7 @@ def stored_iterations(method, real, compute, store, S):
         context = prepared(method, real, compute, store)
         for t in range(2 * BLOCK): yield iteration(method, context, S, t)
 
-# %% ../nbs/77_bench.ipynb #cell-010
+# %% ../nbs/77_bench.ipynb #cell-011
 def bench_matching(rounds=5, width=128, batch=256, ipc=10, shape=(3, 32, 32)) -> pd.DataFrame:
     "A DM iteration: the plain loop against ddrepro's path in its variants, and with the real means known"
     real = noise_data(per_class=batch, shape=shape)
@@ -128,7 +129,7 @@ def bench_matching(rounds=5, width=128, batch=256, ipc=10, shape=(3, 32, 32)) ->
         seconds, given = in_turns(ways, rounds)                              # what was given is all of iteration 0
         return table(f"matching iteration, width {width}, B {batch}, IPC {ipc}", seconds, differences({n: float(loss) for n, (loss, _) in given.items()}))
 
-# %% ../nbs/77_bench.ipynb #cell-013
+# %% ../nbs/77_bench.ipynb #cell-014
 def direct_covariance(real, syn) -> torch.Tensor:
     "The covariance term of one class as it is written: two d×d matrices"
     return (torch.cov(real.T) - torch.cov(syn.T)).square().sum() / real.shape[1]
@@ -145,7 +146,7 @@ def bench_covariance(rounds=5, classes=10, batch=256, samples=40, width=2048) ->
     notes = differences({n: v.item() for n, (v, _) in given.items()}, direct(real.double(), syn.double()).item(), "value from float64")
     return table(f"covariance term, {classes} classes, B {batch}, n {samples}, d {width}", seconds, notes)
 
-# %% ../nbs/77_bench.ipynb #cell-016
+# %% ../nbs/77_bench.ipynb #cell-017
 def plain_dsdm(method, context, state: dict, t: int) -> tuple:
     "(state, loss) after one iteration, class by class"
     h, real, normalise = context.helpers, context.real, context.real.normalisation["image"]
@@ -176,7 +177,7 @@ def dsdm_run(batch, ipc, width, shape, compute) -> tuple:
     context = prepared(method, noise_data(per_class=max(batch, 4 * ipc), shape=shape), compute)
     return method, context, method.rules(context)
 
-# %% ../nbs/77_bench.ipynb #cell-017
+# %% ../nbs/77_bench.ipynb #cell-018
 def bench_dsdm(rounds=3, width=128, batch=256, ipc=10, shape=(3, 32, 32)) -> pd.DataFrame:
     "A whole DSDM iteration: the plain loop against ddrepro's path in its variants"
     method, plain, rules = dsdm_run(batch, ipc, width, shape, Compute(threads=torch.get_num_threads()))
@@ -187,7 +188,7 @@ def bench_dsdm(rounds=3, width=128, batch=256, ipc=10, shape=(3, 32, 32)) -> pd.
     seconds, given = in_turns(ways, rounds)
     return table(f"DSDM iteration, width {width}, B {batch}, IPC {ipc}, factor 2", seconds, differences({n: loss for n, (_, loss) in given.items()}))
 
-# %% ../nbs/77_bench.ipynb #cell-021
+# %% ../nbs/77_bench.ipynb #cell-022
 def compiled_(net): net.forward = partial(torch.compile(FusionNet.forward, dynamic=False), net)
 
 CHANGES = {"float32": lambda net: None, "channels-last": lambda net: net.to(memory_format=torch.channels_last), "bfloat16": lambda net: None,
@@ -211,7 +212,7 @@ def threads(n: int):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/77_bench.ipynb #cell-022
+# %% ../nbs/77_bench.ipynb #cell-023
 def evaluation_jobs(width: int, epochs: int, networks: int, per_class=40, shape=(1, 32, 32)) -> list:
     "Jobs of evaluation networks under DSDM's recipe on random images"
     job = whole_job(noise_data(per_class=per_class, shape=shape), idc_recipe(epochs), "test", width, "linear", None)
@@ -242,7 +243,7 @@ def bench_recipes(rounds=2, widths=(128, 32), networks=5, passes=128) -> pd.Data
         found.append(table(f"{networks} networks, DSDM's recipe, width {width}", {first: seconds[first], **seconds}))
     return pd.concat(found, ignore_index=True)
 
-# %% ../nbs/77_bench.ipynb #cell-024
+# %% ../nbs/77_bench.ipynb #cell-025
 def bench_quick(rounds=3, width=32, networks=4, epochs=2) -> pd.DataFrame:
     "Evaluation networks one after the other against the pool of processes"
     real = load_data("digits_av")

@@ -34,6 +34,7 @@ def report_name(paper: str, params: dict) -> str:
     parts = [paper, *(k * (k not in ("dataset", "profile")) + v for k, v in named.items())]
     return re.sub(r"[^\w.-]+", "-", "_".join(parts))
 
+# %% ../nbs/78_cli.ipynb #cell-007
 def run_paper(
     paper: str,
     given: dict,               # parameter → value or text
@@ -66,7 +67,7 @@ def render(notebook: Path, html: Path) -> Path:
     report_index(html.parent)
     return html
 
-# %% ../nbs/78_cli.ipynb #cell-008
+# %% ../nbs/78_cli.ipynb #cell-009
 KERNEL = "ddrepro-this-python"
 
 @contextmanager
@@ -85,7 +86,7 @@ def this_interpreter():
                 if v is None: os.environ.pop(k, None)
                 else: os.environ[k] = v
 
-# %% ../nbs/78_cli.ipynb #cell-011
+# %% ../nbs/78_cli.ipynb #cell-012
 def doctor() -> list:
     "(what, found) pairs: versions, device, threads, precision, compiler, data, store"
     import torch
@@ -112,7 +113,7 @@ def check_data_sets(names: list) -> int:
         print(f"{name}: intact; {parts} samples, {len(real.classes)} classes, {', '.join(f'{m} {s}' for m, s in real.shapes.items())}, fingerprint {real.fingerprint[:12]}")
     return failed
 
-# %% ../nbs/78_cli.ipynb #cell-014
+# %% ../nbs/78_cli.ipynb #cell-015
 DEMO = {"ipc": "3", "iterations": "40", "eval_seeds": "2"}
 
 def parser() -> argparse.ArgumentParser:
@@ -141,7 +142,7 @@ def run_epilog() -> str:
     from ddrepro.parameters import declared_parameters, parameters_help
     return "".join(f"parameters of {p}:\n{parameters_help(declared_parameters(share_path(f'nbs/repro_{p}.ipynb')))}\n" for p in PAPERS)
 
-# %% ../nbs/78_cli.ipynb #cell-015
+# %% ../nbs/78_cli.ipynb #cell-016
 def execute(args) -> int:
     "Carry out parsed arguments; the exit status"
     if args.command in ("run", "demo"):

@@ -75,6 +75,7 @@ PARTS = ("train", "validation", "test")
 FULL = "color_crop_cutout_flip_scale_rotate"    # DSA strings (methods §0.1)
 DIGITS = "color_crop_cutout_scale_rotate"        # a flipped digit is another sign
 
+# %% ../nbs/04_data.ipynb #cell-013
 @dataclass(frozen=True, eq=False)
 class RealData:
     "A real data set: what distillation reads and evaluation measures on"
@@ -125,7 +126,7 @@ class RealData:
         parts = {p: Part(keep(getattr(self, p).inputs), getattr(self, p).labels) for p in PARTS}
         return replace(self, normalisation=keep(self.normalisation), signals=keep(self.signals), **parts)
 
-# %% ../nbs/04_data.ipynb #cell-014
+# %% ../nbs/04_data.ipynb #cell-015
 def check_data(real: RealData):
     "Raise ValueError where tensors, labels, classes or normalisation do not fit together"
     if not real.train.inputs: raise ValueError(f"{real.name}: inputs is empty; give at least one modality, such as image")
@@ -145,7 +146,7 @@ def check_data(real: RealData):
     for m in real.modalities:
         if m not in real.normalisation: raise ValueError(f"{real.name}: no normalisation for {m}")
 
-# %% ../nbs/04_data.ipynb #cell-016
+# %% ../nbs/04_data.ipynb #cell-017
 def from_tensors(
     name: str,
     inputs: dict, labels,              # modality → (N, channels, …); (N,) integers
@@ -177,7 +178,7 @@ def carve(part: Part, share: float, seed: int) -> np.ndarray:
 
 RealData.from_tensors = staticmethod(from_tensors)
 
-# %% ../nbs/04_data.ipynb #cell-022
+# %% ../nbs/04_data.ipynb #cell-023
 _registry = {}
 
 @dataclass(frozen=True)

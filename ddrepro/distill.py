@@ -154,6 +154,7 @@ def iterate(method, context, rules, state, t, curve, checkpoints, checkpoint_eve
     if checkpoints and method.iterations and last_t != t: checkpoints.save(t, state, curve, context.compute)
     return state, curve
 
+# %% ../nbs/34_distill.ipynb #cell-013
 def one_iteration(method, context, rules, state, t) -> tuple:
     "(state, loss) after one update of every class"
     following, at, velocity = dict(state), {}, {}

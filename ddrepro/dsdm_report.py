@@ -151,6 +151,7 @@ def result_cells(s: DSDMSettings, table: int, ipcs: list, rows=None, controls=Fa
     for ipc in ipcs if controls and {"DM", "DSDM"} <= set(rows or ROWS[table]) else (): cells += control_cells(s, ipc, place)
     return cells
 
+# %% ../nbs/81_dsdm_report.ipynb #cell-011
 def cross_cells(s: DSDMSettings, ipc: int, nets, rows=None) -> list:
     "Table 3: sets distilled with the ConvNet, scored by other architectures"
     cells = []
@@ -163,7 +164,7 @@ def cross_cells(s: DSDMSettings, ipc: int, nets, rows=None) -> list:
                 cells.append(Cell("Table 3", replace(e, net=NETS[net]), dict(architecture=net)))
     return cells
 
-# %% ../nbs/81_dsdm_report.ipynb #cell-011
+# %% ../nbs/81_dsdm_report.ipynb #cell-012
 def ablation_cells(s: DSDMSettings, ipcs: list) -> list:
     "Table 4: random networks, then the pool, the covariance and the history added one after the other"
     return [Cell("Table 4", s.experiment("dsdm", ipc, name, k, **changes)) for ipc in ipcs for name, changes in ABLATION.items() for k in range(s.seeds)]
@@ -203,7 +204,7 @@ def cells_of(params: dict, s: DSDMSettings, first: bool) -> list:
         if figure in figures: cells += shown_cells(s, main, f"Figure {figure}")
     return cells
 
-# %% ../nbs/81_dsdm_report.ipynb #cell-015
+# %% ../nbs/81_dsdm_report.ipynb #cell-016
 def check_request(params: dict) -> list:
     "Refuse values that cannot work, before data are loaded; then load what is asked for. Returns the data sets, images first"
     entries = _entries()
@@ -229,7 +230,7 @@ def check_request(params: dict) -> list:
             if cell.experiment.method: cell.experiment.method.check(real)
     return found
 
-# %% ../nbs/81_dsdm_report.ipynb #cell-018
+# %% ../nbs/81_dsdm_report.ipynb #cell-019
 def run_cells(cells: list, real, **more) -> pd.DataFrame:
     "The rows of all cells with their places; arguments as `experiment.run_each`"
     found = run_each([c.experiment for c in cells], real, **more) if cells else []
@@ -255,7 +256,7 @@ def claims_of(rows: pd.DataFrame, claims=tuple(CLAIMS)) -> pd.DataFrame:
     possible = [(a, b) for a, b in claims if a in there and b in there]
     return compare(rows, possible, rows.modality.iloc[0]) if possible else pd.DataFrame()
 
-# %% ../nbs/81_dsdm_report.ipynb #cell-020
+# %% ../nbs/81_dsdm_report.ipynb #cell-021
 def differences(s: DSDMSettings, real) -> list:
     "Sentences, one a difference to the paper on one data set"
     p, found = PROFILES["paper"], []

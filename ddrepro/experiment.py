@@ -131,6 +131,7 @@ def snapshot_keeper(e: Experiment, real, folder: Path, snapshots):
         distilled_from({f"S/{m}": x for m, x in S.items()}, e.method, real, tuple(range(len(real.classes))), card, ()).save(snapshot_path(folder, t + 1))
     return keep if snapshots else None
 
+# %% ../nbs/70_experiment.ipynb #cell-017
 def distillation_run(e: Experiment, real, runs=None, store=None, compute: dict = None, refresh=False, progress=True, snapshots=()) -> Run:
     "The distilled set of an experiment: from its folder, finished from a checkpoint, or made"
     folder = Path(runs or runs_folder()) / short_hash(e.distillation(real))
@@ -153,7 +154,7 @@ def distillation_run(e: Experiment, real, runs=None, store=None, compute: dict =
     for old in folder.glob("checkpoint-*"): old.unlink()
     return Run(folder, distilled, facts)
 
-# %% ../nbs/70_experiment.ipynb #cell-017
+# %% ../nbs/70_experiment.ipynb #cell-018
 COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps", "samples", "part", "fusion", "recipe", "net", "at", "run", "digest"]
 
 def sealed(text: str) -> bytes:
@@ -192,6 +193,7 @@ def distilled_all(experiments, real, runs, store, compute, refresh, progress) ->
         if key(e) not in done: done[key(e)] = distillation_run(e, real, runs, store, compute, refresh, progress, wanted[key(e)])
     return [done[key(e)] for e in experiments]
 
+# %% ../nbs/70_experiment.ipynb #cell-019
 def run_each(
     experiments: list, real, *,
     runs=None, store=None,      # folders; default runs_folder() and its store

@@ -42,6 +42,7 @@ def padded(canvas: torch.Tensor, factor: int, order: str) -> torch.Tensor:
     if order not in FILL: return canvas
     return F.pad(canvas, (0, -w % factor, 0, 0 if order == "time" else -h % factor), value=FILL[order])
 
+# %% ../nbs/13_formation.ipynb #cell-007
 def decode(
     canvas: torch.Tensor,    # (N, ch, H, W)
     factor: int,
@@ -54,7 +55,7 @@ def decode(
     enlarge = lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return torch.cat([enlarge(x) for x in cut]) if order == "rows_fitted" else enlarge(torch.cat(cut))
 
-# %% ../nbs/13_formation.ipynb #cell-015
+# %% ../nbs/13_formation.ipynb #cell-016
 def encode(
     samples: torch.Tensor,     # (per_canvas·N, ch, H, W), block-major
     factor: int,

@@ -19,6 +19,7 @@ from .provenance import code_digest
 # %% ../nbs/25_mean_store.ipynb #cell-006
 BLOCK = 64   # iterations a shard
 
+# %% ../nbs/25_mean_store.ipynb #cell-007
 class Shards:
     "Means of one key, class by class; new ones are gathered in memory and written by `flush`"
     def __init__(self, folder: Path, key: dict):
@@ -61,7 +62,7 @@ class Shards:
             save_tensors(self.path(c, b), {"t": torch.tensor(order), "means": torch.stack([merged[t] for t in order])}, "means", self.key)
             self.fresh.pop((c, b), None)
 
-# %% ../nbs/25_mean_store.ipynb #cell-011
+# %% ../nbs/25_mean_store.ipynb #cell-012
 def means_key(real, source, sampler: Sampler, modality: str, compute: Compute) -> dict:
     "Everything the real means of a modality depend on besides class and iteration"
     normalisation = real.normalisation[modality]
@@ -69,6 +70,7 @@ def means_key(real, source, sampler: Sampler, modality: str, compute: Compute) -
                 sampler=sampler.key(), precision=compute.precision, backend=compute.backend, chunk=compute.chunk, threads=compute.threads,
                 code=code_digest("ddrepro.moments", "ddrepro.sources"))
 
+# %% ../nbs/25_mean_store.ipynb #cell-013
 @dataclass
 class RealMeans:
     "Real means of a run: from the store where they are, computed and stored where they are not"

@@ -50,6 +50,7 @@ def has_bfloat16(device: str) -> bool:
     if device.startswith("cuda"): return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
+# %% ../nbs/24_moments.ipynb #cell-007
 def resolve_compute(
     device: str = "auto",      # "auto", "cpu", "cuda", "cuda:1"
     precision: str = "auto",   # "auto", "float32", "bfloat16", "float64"
@@ -71,7 +72,7 @@ def resolve_compute(
 
 LONG_RUN = 32 * 60     # iterations × width from which the half minute of compiling is regained
 
-# %% ../nbs/24_moments.ipynb #cell-009
+# %% ../nbs/24_moments.ipynb #cell-010
 def even_chunks(n: int, most: int) -> list:
     "Sizes of the fewest pieces of at most `most`, as equal as can be: never a piece of one unless n is one"
     pieces = -(-n // most)
@@ -100,7 +101,7 @@ def graph_bytes(net, samples: int, shape: tuple) -> int:
     "About what a ConvNet's activations take: three maps a block at its input's size, each block a quarter of the one before"
     return int(samples * shape[-1] * shape[-2] * len(net.blocks[0][0].bias) * 4 * 3 * 4 / 3)
 
-# %% ../nbs/24_moments.ipynb #cell-017
+# %% ../nbs/24_moments.ipynb #cell-018
 @lru_cache(256)
 def permutation(n: int, seed: int, c: int, number: int): return keyed_choice(n, n, seed, "matching/permutation", c, number)
 
@@ -128,7 +129,7 @@ class Sampler:
 
     def key(self) -> dict: return asdict(self)
 
-# %% ../nbs/24_moments.ipynb #cell-022
+# %% ../nbs/24_moments.ipynb #cell-023
 def real_batch(real, sampler: Sampler, modality: str, t: int, c: int, compute: Compute) -> torch.Tensor:
     "The augmented real batch of class `c` at iteration `t`"
     x = real.batch("train", sampler.real_indices(real.train.by_class[c], t, c), compute.device, [modality])[modality]
@@ -164,6 +165,7 @@ def synthetic_means(
     rebuild = needs_rebuild(net, canvases, canvases.shape[0] * canvases.shape[1] * factor**2)
     return torch.stack([mean_features(net, augment(decode(x, factor), sampler.omega(t, c)), compute, rebuild) for x, c in zip(canvases, classes)])
 
+# %% ../nbs/24_moments.ipynb #cell-024
 def synthetic_features(
     canvases: torch.Tensor,    # (classes, IPC, ch, H, W)
     net, sampler: Sampler, t: int, classes: tuple,

@@ -70,13 +70,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _Halve.apply(g), None, None
 
+# %% ../nbs/10_nets.ipynb #cell-012
 class HalfPool(nn.Module):
     "Average pooling 2×2 with stride 2"
     def forward(self, x):
         if torch.compiler.is_compiling() or x.is_cuda or x.dtype not in (torch.float32, torch.float64): return F.avg_pool2d(x, 2)
         return _Halve.apply(x)
 
-# %% ../nbs/10_nets.ipynb #cell-014
+# %% ../nbs/10_nets.ipynb #cell-015
 NORMS = {"instance": InstanceNorm, "batch": nn.BatchNorm2d, "none": lambda c: nn.Identity(),
          "group": lambda c: nn.GroupNorm(4, c), "layer": lambda c: nn.GroupNorm(1, c)}
 
@@ -103,7 +104,7 @@ class NetSpec:
             raise ValueError(f"{self.kind} has depth {published['depth']} and pool_to 0, got depth {self.depth} and pool_to {self.pool_to}; "
                              "only a convnet has others")
 
-# %% ../nbs/10_nets.ipynb #cell-017
+# %% ../nbs/10_nets.ipynb #cell-018
 def block(channels_in: int, width: int, padding: int, norm: str, pool: nn.Module) -> nn.Sequential:
     "Convolution 3×3, normalisation, ReLU, pooling"
     return nn.Sequential(nn.Conv2d(channels_in, width, 3, padding=padding), NORMS[norm](width), nn.ReLU(inplace=True), pool)
@@ -133,7 +134,7 @@ def _side(spec, shape, axis):
     if side < 1: raise ValueError(f"depth {spec.depth} leaves nothing of an input of shape {tuple(shape)}; use a smaller depth")
     return side
 
-# %% ../nbs/10_nets.ipynb #cell-024
+# %% ../nbs/10_nets.ipynb #cell-025
 def conv(channels_in: int, channels: int, side: int, stride: int = 1) -> nn.Conv2d:
     "A convolution without bias that keeps the sides, or halves them with stride 2"
     return nn.Conv2d(channels_in, channels, side, stride, padding=side // 2, bias=False)
@@ -167,7 +168,7 @@ class ResNet10(nn.Module):
 
     def forward(self, x): return self.stages(self.stem(x)).mean((2, 3))
 
-# %% ../nbs/10_nets.ipynb #cell-030
+# %% ../nbs/10_nets.ipynb #cell-031
 DENSE_BLOCKS = (6, 12, 24, 16)
 
 class DenseLayer(nn.Module):
@@ -201,7 +202,7 @@ class DenseNet121(nn.Module):
 
     def forward(self, x): return self.layers(x).mean((2, 3))
 
-# %% ../nbs/10_nets.ipynb #cell-034
+# %% ../nbs/10_nets.ipynb #cell-035
 NETS = {"convnet": ConvNet, "resnet10": ResNet10, "densenet121": DenseNet121}
 
 def build(spec: NetSpec, shape: tuple) -> nn.Module:
@@ -228,7 +229,7 @@ def make_net(spec: NetSpec, shape: tuple, seed: int, stream: str, *indices) -> n
     "A network whose initial parameters belong to a key"
     with isolated_rng(seed, stream, *indices): return build(spec, shape)
 
-# %% ../nbs/10_nets.ipynb #cell-037
+# %% ../nbs/10_nets.ipynb #cell-038
 class Ensemble(nn.Module):
     "One linear head a branch; logits are a mapping modality → (N, classes)"
     def __init__(self, widths: dict, classes: int):
@@ -265,7 +266,7 @@ def same_width(what: str, widths: dict):
     if len(set(widths.values())) > 1:
         raise ValueError(f"{what} needs equal feature widths, got " + " and ".join(f"{m} {d}" for m, d in widths.items()))
 
-# %% ../nbs/10_nets.ipynb #cell-039
+# %% ../nbs/10_nets.ipynb #cell-040
 class LinearHead(nn.Module):
     "The one linear head of a single modality, as the framework initialises it (DC and IDC families)"
     def __init__(self, widths, classes):
@@ -276,7 +277,7 @@ class LinearHead(nn.Module):
 
     def forward(self, maps): return {self.modality: self.head(maps[self.modality].flatten(1))}
 
-# %% ../nbs/10_nets.ipynb #cell-042
+# %% ../nbs/10_nets.ipynb #cell-043
 class Attention(nn.Module):
     "Audio-guided visual attention over the positions of the last visual map, then a linear head"
     def __init__(self, widths, classes, channels=128):
@@ -295,7 +296,7 @@ class Attention(nn.Module):
 
 FUSIONS = {"ensemble": Ensemble, "concat": Concat, "sum": Sum, "attention": Attention, "linear": LinearHead}
 
-# %% ../nbs/10_nets.ipynb #cell-043
+# %% ../nbs/10_nets.ipynb #cell-044
 class FusionNet(nn.Module):
     "Branches and a fusion head; `forward` gives a mapping of logits"
     def __init__(self, specs: dict, shapes: dict, classes: int, fusion: str = "ensemble"):

@@ -110,6 +110,7 @@ def check_pairs(real: "PairData"):
 # %% ../nbs/18_pairs.ipynb #cell-018
 CLIP = Normalisation((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))
 
+# %% ../nbs/18_pairs.ipynb #cell-019
 @dataclass(frozen=True, eq=False)
 class PairData:
     "A real set of pictures with captions"
@@ -157,7 +158,7 @@ class PairData:
         digest.update(repr((sorted(self.normalisation.items()), self.max_words)).encode())
         return digest.hexdigest()
 
-# %% ../nbs/18_pairs.ipynb #cell-027
+# %% ../nbs/18_pairs.ipynb #cell-028
 def png_source(image: torch.Tensor) -> str:
     "A picture (3, H, W) in bytes, or floats in [0, 1], as the `src` of an <img>"
     if image.dtype != torch.uint8: image = (image.clamp(0, 1) * 255).round().byte()

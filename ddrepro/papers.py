@@ -73,6 +73,7 @@ def tuned(dataset: str, name: str, ipc: int) -> dict:
 
 PUBLISHED_ONLY = ("MTT",)     # rows that are shown and not run
 
+# %% ../nbs/72_papers.ipynb #cell-014
 @dataclass(frozen=True)
 class Settings:
     "What the rows of one report have in common"
@@ -111,7 +112,7 @@ class Settings:
         names = [choose("row", n, {*AVDD_ROWS, *PUBLISHED_ONLY}) for n in names]
         return [replace(AVDD_ROWS[n](self), label=n, seed=seed) for n in names if n in AVDD_ROWS for seed in range(1 if n == "Whole data" else self.seeds)]
 
-# %% ../nbs/72_papers.ipynb #cell-016
+# %% ../nbs/72_papers.ipynb #cell-017
 def beside(table: str, dataset: str, ipc: int) -> pd.DataFrame:
     "Published numbers for a table and IPC as (row, modality, mean, std); empty where the data set is not the paper's"
     rows = published("avdd", table, dataset)

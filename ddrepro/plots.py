@@ -79,6 +79,7 @@ def some_classes(classes, labels) -> list:
     if isinstance(classes, int): return list(labels)[:classes]
     return [choose("class", c, labels) for c in classes]
 
+# %% ../nbs/74_plots.ipynb #cell-012
 def draw_grid(lines: list, columns: list, title: str = None) -> plt.Figure:
     "Lines of samples, each (name, samples, unit if a sound, scale); a class a column; spectrograms get a bar in their unit"
     width = min(10, 1 + 1.0 * len(columns)) if len(columns) > 2 else 2.4 + len(columns)
@@ -95,7 +96,7 @@ def draw_grid(lines: list, columns: list, title: str = None) -> plt.Figure:
         if title: fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/74_plots.ipynb #cell-014
+# %% ../nbs/74_plots.ipynb #cell-015
 def sample_grid(
     real: RealData,
     part: str = "train",
@@ -113,7 +114,7 @@ def sample_grid(
     shown = "" if len(chosen) == len(real.classes) else f"{len(chosen)} of {len(real.classes)} classes"
     return draw_grid(lines, [real.classes[c] for c in chosen], shown)
 
-# %% ../nbs/74_plots.ipynb #cell-018
+# %% ../nbs/74_plots.ipynb #cell-019
 def stored_samples(distilled: DistilledData, modality: str, label: int, samples: int) -> torch.Tensor:
     "The first canvases (≤ samples, ch, H, W) of a class, in pixels or decibels"
     canvases = distilled.natural(choose("modality", modality, distilled.tensors))
@@ -144,7 +145,7 @@ def before_after(
     lines = [(name, line, sound, scale) for name, of_class in found.items() for line in zip(*of_class)]
     return draw_grid(lines, [end.classes[c] for c in chosen])
 
-# %% ../nbs/74_plots.ipynb #cell-023
+# %% ../nbs/74_plots.ipynb #cell-024
 def wav_bytes(wave: torch.Tensor, rate: int) -> bytes:
     "A 16-bit mono WAV file of samples (n,) in [-1, 1]; louder ones are clipped"
     if wave.dim() != 1: raise ValueError(f"wave must be mono, of shape (samples,), got {tuple(wave.shape)}")
@@ -172,7 +173,7 @@ def distilled_sounds(distilled: DistilledData, classes=5) -> list:
     first = lambda m, c: decode(stored_samples(distilled, m, c, 1), distilled.factor)[0]
     return [(distilled.classes[c], to_wave(first(m, c), p), p.sample_rate) for m, p in distilled.signals.items() for c in chosen]
 
-# %% ../nbs/74_plots.ipynb #cell-027
+# %% ../nbs/74_plots.ipynb #cell-028
 def running_median(curve, window: int) -> np.ndarray:
     "Median over `window` iterations around each one; fewer at the ends"
     return pd.Series(curve, dtype=float).rolling(window, center=True, min_periods=1).median().to_numpy()
@@ -193,7 +194,7 @@ def loss_curves(
         ax.set_xlabel("iteration"); ax.set_ylabel("matching loss"); ax.legend()
     return fig
 
-# %% ../nbs/74_plots.ipynb #cell-030
+# %% ../nbs/74_plots.ipynb #cell-031
 MODALITIES = ("A", "V", "AV")   # the order of AVDD's tables
 
 def summary_of(rows: pd.DataFrame) -> pd.DataFrame:
@@ -210,7 +211,7 @@ def shown_modalities(rows: pd.DataFrame) -> list:
     found = rows.modality.unique().tolist()
     return [m for m in MODALITIES if m in found] + [m for m in found if m not in MODALITIES]
 
-# %% ../nbs/74_plots.ipynb #cell-032
+# %% ../nbs/74_plots.ipynb #cell-033
 def table_bars(
     rows: pd.DataFrame,           # tidy: row, modality, accuracy, seed, eval_seed
     whole: str = "Whole data"     # the row drawn as a dashed line, where there is one
@@ -231,7 +232,7 @@ def table_bars(
         fig.legend(loc="outside right upper")
     return fig
 
-# %% ../nbs/74_plots.ipynb #cell-035
+# %% ../nbs/74_plots.ipynb #cell-036
 def plus_minus(mean: float, std: float) -> str:
     "'mean ± std' in percent, one decimal; – where there is none"
     if pd.isna(mean): return "–"
@@ -265,7 +266,7 @@ def results_table(
     note = "<caption>† made by an earlier version of the code</caption>" if values.method.str.endswith(STALE).any() else ""
     return HTML(f"<table>{note}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
-# %% ../nbs/74_plots.ipynb #cell-039
+# %% ../nbs/74_plots.ipynb #cell-040
 VERDICTS = {"holds": PALETTE[2], "fails": PALETTE[3], "undecided": "0.5"}
 
 def difference_plot(
@@ -288,7 +289,7 @@ def difference_plot(
         ax.set_xlabel(f"difference in {unit} (percentage points, 95 % interval)")
     return fig
 
-# %% ../nbs/74_plots.ipynb #cell-043
+# %% ../nbs/74_plots.ipynb #cell-044
 @torch.no_grad()
 def branch_features(nets: list, x: torch.Tensor, modality: str, batch: int = 256) -> torch.Tensor:
     "Features (N, Σd) that one branch of several networks gives to samples, on the CPU"
@@ -300,7 +301,7 @@ def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
     state, perplexity = key_bits(seed, "plots/tsne") % 2**32, min(30, (len(features) - 1) / 3)
     return TSNE(init="pca", perplexity=perplexity, random_state=state).fit_transform(np.asarray(features, np.float32))
 
-# %% ../nbs/74_plots.ipynb #cell-044
+# %% ../nbs/74_plots.ipynb #cell-045
 def real_and_synthetic(real: RealData, distilled: dict, classes: list, per_class: int, seed: int) -> dict:
     "Set ('real' or a name of `distilled`) → (normalised inputs, labels) of some classes"
     drawn = {c: keyed_choice(len(real.train.by_class[c]), per_class, seed, "plots/feature_map", c) for c in classes}
@@ -325,7 +326,7 @@ def feature_points(real: RealData, distilled: dict, net, classes=(0, 1, 2), per_
     points = pd.concat(frames, ignore_index=True)
     return points.assign(**dict(zip("xy", tsne(torch.cat(list(features.values())), seed).T)))
 
-# %% ../nbs/74_plots.ipynb #cell-046
+# %% ../nbs/74_plots.ipynb #cell-047
 MARKERS = {"audio": "*", "image": "^"}
 
 def shade(colour: tuple, modality: str) -> tuple:

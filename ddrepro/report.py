@@ -248,7 +248,7 @@ def take_head(
     lead = behind.extract().get_text(" ", strip=True) if behind is not None and behind.name == "blockquote" else ""
     return heading.extract().get_text(" ", strip=True), lead
 
-
+# %% ../nbs/76_report.ipynb #cell-030
 def render_report(
     executed_notebook: str | Path,  # an .ipynb with its outputs
     out_html: str | Path,  # where the report goes; folders are made
@@ -274,7 +274,7 @@ def render_report(
     return write_page(path, lang=nb.metadata.get("lang", "en"), title=title, lead=lead, contents=contents, body=markupsafe.Markup(soup),
                       provenance={name: plain(value) for name, value in (provenance or {}).items()}, about=about, footer=footer)
 
-# %% ../nbs/76_report.ipynb #cell-037
+# %% ../nbs/76_report.ipynb #cell-038
 def tagged_output(
     executed_notebook: str | Path,  # an .ipynb with its outputs
     tag: str,  # of the cells asked for: "final-table"
@@ -286,7 +286,7 @@ def tagged_output(
              else o.get("data", {}).get("text/plain", "") for o in outputs if o.get("name") != "stderr"]
     return "\n".join(text.strip("\n") for text in texts if text.strip())
 
-# %% ../nbs/76_report.ipynb #cell-040
+# %% ../nbs/76_report.ipynb #cell-041
 class HeadReader(HTMLParser):
     "Collects the ddrepro entries in a page's head"
 

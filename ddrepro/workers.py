@@ -53,6 +53,7 @@ def prepare_worker():
 
 LARGEST_JOB = 2**28   # bytes worth sending to a process; work on larger data is done where they lie
 
+# %% ../nbs/17_workers.ipynb #cell-010
 def side_by_side(
     work: callable,        # function of a module, of one argument
     jobs: list,            # its arguments
