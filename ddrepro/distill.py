@@ -93,8 +93,9 @@ def distill(
 
 # %% ../nbs/34_distill.ipynb #cell-009
 def distilled_from(state, method, real, classes, card, curve) -> DistilledData:
-    "The synthetic set of a state"
+    "The synthetic set of a state; rates learned with it, `S/rate/image`, go to its card"
     tensors = {m: within(state[f"S/{m}"], method.bounds(real, m)).cpu() for m in real.modalities}
+    if rates := {k.removeprefix("S/rate/"): x.item() for k, x in state.items() if k.startswith("S/rate/")}: card = card | dict(rates=rates)
     return DistilledData(tensors, real.classes, classes, dict(real.normalisation), method.factor, dict(real.signals), card, tuple(curve),
                          method.order_on(real), method.space_on(real))
 

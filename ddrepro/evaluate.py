@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'TOGETHER', 'score', 'rows_of', 'score_one', 'groups_of', 'score_each', 'score_many', 'job_bytes',
-           'evaluate', 'evaluation_job', 'scored_inputs', 'scoring_side', 'evaluate_whole', 'whole_job',
-           'equal_steps_epochs', 'stretched', 'summarise']
+           'evaluate', 'evaluation_job', 'scored_inputs', 'scoring_side', 'with_learned_rates', 'evaluate_whole',
+           'whole_job', 'equal_steps_epochs', 'stretched', 'summarise']
 
 # %% ../nbs/36_evaluate.ipynb #cell-003
 from dataclasses import replace
@@ -108,6 +108,7 @@ def evaluation_job(distilled, real, recipe, part, width, fusion, epochs, net="co
         raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(real.classes)} classes; merge its shards first")
     for m, n in distilled.normalisation.items():
         if n != real.normalisation[m]: raise ValueError(f"the distilled {m} is normalised by {n}, {real.name} by {real.normalisation[m]}")
+    recipe = with_learned_rates(recipe, distilled.card.get("rates", {}), fusion)
     inputs, labels = distilled.decoded()
     return dict(inputs=inputs, labels=labels, **scoring_side(real, part, inputs, recipe, width or _width(distilled), fusion, epochs, net))
 
@@ -124,6 +125,22 @@ def scoring_side(real, part, inputs, recipe, width, fusion, epochs, net) -> dict
                 specs={m: spec_for(real.shapes[m], width, net) for m in modalities}, fusion=fusion, recipe=get_recipe(recipe), strategy=real.strategy, epochs=epochs)
 
 # %% ../nbs/36_evaluate.ipynb #cell-011
+def with_learned_rates(
+    recipe,             # a Recipe or its name
+    learned: dict,      # modality → rate learned with the set
+    fusion: str
+) -> Recipe:
+    "The recipe with the rates learned with a set, where it has none of its own"
+    recipe = get_recipe(recipe)
+    if recipe.rate is not None: return recipe
+    if not learned:
+        raise ValueError(f"recipe {recipe.name} trains with the rate learned with a distilled set, and no rate was learned with this one: "
+                         "give a recipe with a rate, such as 'dc' or dc_recipe(rate=0.01)")
+    if fusion == "linear": return replace(recipe, rate=next(iter(learned.values())))
+    if fusion != "ensemble": raise ValueError(f"fusion must be 'linear' or 'ensemble' where each modality has its learned rate; got {fusion!r}, whose head belongs to none")
+    return replace(recipe, rates={k: rate for m, rate in learned.items() for k in (m, f"head/{m}")})
+
+# %% ../nbs/36_evaluate.ipynb #cell-014
 def evaluate_whole(real, recipe="avdd_whole", seeds=3, part="test", width=128, fusion="ensemble", epochs=None, seed=0, device="cpu", net="convnet") -> pd.DataFrame:
     "Score networks trained on all real training data"
     choose("part", part, PARTS)
@@ -132,10 +149,10 @@ def evaluate_whole(real, recipe="avdd_whole", seeds=3, part="test", width=128, f
 
 def whole_job(real, recipe, part, width, fusion, epochs, net="convnet") -> dict:
     "`evaluation_job` for the whole training part"
-    inputs = real.batch("train", range(len(real.train)))
+    recipe, inputs = with_learned_rates(recipe, {}, fusion), real.batch("train", range(len(real.train)))
     return dict(inputs=inputs, labels=real.train.labels, **scoring_side(real, part, inputs, recipe, width, fusion, epochs, net))
 
-# %% ../nbs/36_evaluate.ipynb #cell-013
+# %% ../nbs/36_evaluate.ipynb #cell-016
 def equal_steps_epochs(samples: int, target_samples: int, recipe) -> int:
     "Passes over `samples` that take at least as many steps as the recipe's passes over `target_samples`"
     recipe = get_recipe(recipe)
@@ -148,7 +165,7 @@ def stretched(recipe, epochs: int) -> Recipe:
     scale = epochs / recipe.epochs
     return replace(recipe, name=f"{recipe.name} × {epochs} epochs", epochs=epochs, drops=tuple(round((d + 1) * scale) - 1 for d in recipe.drops))
 
-# %% ../nbs/36_evaluate.ipynb #cell-016
+# %% ../nbs/36_evaluate.ipynb #cell-019
 def summarise(rows: pd.DataFrame, by=("modality",)) -> pd.DataFrame:
     "Mean, population std over all values, population std over distillation means, seeds as distillation × evaluation"
     def one(g):

@@ -65,8 +65,7 @@ class Shards:
 # %% ../nbs/25_mean_store.ipynb #cell-012
 def means_key(real, source, sampler: Sampler, modality: str, compute: Compute) -> dict:
     "Everything the real means of a modality depend on besides class and iteration"
-    normalisation = real.normalisation[modality]
-    return dict(data=real.fingerprint, modality=modality, normalisation=[list(normalisation.mean), list(normalisation.std)], network=source.key(modality),
+    return dict(data=real.fingerprint, modality=modality, normalisation=list(real.normalisation[modality].facts().values()), network=source.key(modality),
                 sampler=sampler.key(), precision=compute.precision, backend=compute.backend, chunk=compute.chunk, threads=compute.threads,
                 code=code_digest("ddrepro.moments", "ddrepro.sources"))
 

@@ -7,8 +7,8 @@ __all__ = ['HTML', 'PALETTE', 'STYLE', 'MODALITIES', 'STALE', 'VERDICTS', 'MARKE
            'colour_scale', 'show_sample', 'some_classes', 'draw_grid', 'sample_grid', 'stored_samples',
            'distilled_grid', 'before_after', 'wav_bytes', 'players', 'real_sounds', 'distilled_sounds',
            'running_median', 'colours', 'loss_curves', 'summary_of', 'shown_modalities', 'table_bars', 'plus_minus',
-           'table_values', 'results_table', 'difference_plot', 'branch_features', 'tsne', 'real_and_synthetic',
-           'feature_points', 'shade', 'draw_points', 'feature_map']
+           'table_values', 'results_table', 'difference_plot', 'p_value', 'branch_features', 'tsne',
+           'real_and_synthetic', 'feature_points', 'shade', 'draw_points', 'feature_map']
 
 # %% ../nbs/74_plots.ipynb #cell-003
 import base64, html, io
@@ -286,10 +286,15 @@ def difference_plot(
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(comparisons) - .4, -.6); ax.tick_params(axis="y", length=0); ax.spines["left"].set_visible(False)
         unit = f"{comparisons.modality.iloc[0]} accuracy" if "modality" in comparisons and not several else "accuracy"
-        ax.set_xlabel(f"difference in {unit} (percentage points, 95 % interval)")
+        ax.set_xlabel(f"difference in {unit} (percentage points{', 95 % interval' * bool(np.isfinite(comparisons.low).any())})")
     return fig
 
-# %% ../nbs/74_plots.ipynb #cell-044
+# %% ../nbs/74_plots.ipynb #cell-041
+def p_value(p: float) -> str:
+    "A p-value for a table"
+    return "<0.001" if p < .0005 else f"{p:.3f}"
+
+# %% ../nbs/74_plots.ipynb #cell-046
 @torch.no_grad()
 def branch_features(nets: list, x: torch.Tensor, modality: str, batch: int = 256) -> torch.Tensor:
     "Features (N, Σd) that one branch of several networks gives to samples, on the CPU"
@@ -301,7 +306,7 @@ def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
     state, perplexity = key_bits(seed, "plots/tsne") % 2**32, min(30, (len(features) - 1) / 3)
     return TSNE(init="pca", perplexity=perplexity, random_state=state).fit_transform(np.asarray(features, np.float32))
 
-# %% ../nbs/74_plots.ipynb #cell-045
+# %% ../nbs/74_plots.ipynb #cell-047
 def real_and_synthetic(real: RealData, distilled: dict, classes: list, per_class: int, seed: int) -> dict:
     "Set ('real' or a name of `distilled`) → (normalised inputs, labels) of some classes"
     drawn = {c: keyed_choice(len(real.train.by_class[c]), per_class, seed, "plots/feature_map", c) for c in classes}
@@ -326,7 +331,7 @@ def feature_points(real: RealData, distilled: dict, net, classes=(0, 1, 2), per_
     points = pd.concat(frames, ignore_index=True)
     return points.assign(**dict(zip("xy", tsne(torch.cat(list(features.values())), seed).T)))
 
-# %% ../nbs/74_plots.ipynb #cell-047
+# %% ../nbs/74_plots.ipynb #cell-049
 MARKERS = {"audio": "*", "image": "^"}
 
 def shade(colour: tuple, modality: str) -> tuple:

@@ -7,7 +7,7 @@ __all__ = ['FASHION', 'OBJECTS', 'FINE', 'SETS', 'JPEG_REMARK', 'PROOFS', 'TORCH
            'TEN_BATCHES', 'check_most', 'limit_train', 'digits', 'ImageSet', 'pack_names', 'find_packs', 'decode',
            'read_packs', 'downloads', 'raw_files', 'has_files', 'how_to_get', 'read_torchvision', 'check_md5',
            'obtain_file', 'read_svhn', 'read_cifar', 'where', 'read_images', 'load_images', 'entry', 'mnist',
-           'fashion_mnist', 'svhn', 'cifar10', 'cifar100']
+           'fashion_mnist', 'svhn', 'cifar10', 'cifar10_zca', 'cifar100', 'cifar100_zca']
 
 # %% ../../nbs/09_image_sets.ipynb #cell-003
 import hashlib, io, tarfile
@@ -283,7 +283,17 @@ def cifar10(train_per_class: int = None, root=None, download: bool = True, valid
     "Objects and animals, 3×32×32; options as in `load_images`"
     return load_images("cifar10", train_per_class, root, download, validation)
 
+@dataset("cifar10_zca", **entry("cifar10"))
+def cifar10_zca(train_per_class: int = None, root=None, download: bool = True, validation: float = 0.1) -> RealData:
+    "CIFAR-10, ZCA-whitened; options as in `load_images`"
+    return cifar10(train_per_class, root, download, validation).whitened()
+
 @dataset("cifar100", **entry("cifar100"))
 def cifar100(train_per_class: int = None, root=None, download: bool = True, validation: float = 0.1, constants: str = "own") -> RealData:
     "A hundred kinds of objects and animals, 3×32×32; options as in `load_images`"
     return load_images("cifar100", train_per_class, root, download, validation, constants)
+
+@dataset("cifar100_zca", **entry("cifar100"))
+def cifar100_zca(train_per_class: int = None, root=None, download: bool = True, validation: float = 0.1) -> RealData:
+    "CIFAR-100, ZCA-whitened; options as in `load_images`"
+    return cifar100(train_per_class, root, download, validation).whitened()
