@@ -265,6 +265,7 @@ def bench(names=(), path=None) -> pd.DataFrame:
     chosen = [choose("measurement", n, BENCHES) for n in names] or list(BENCHES)
     rows = []
     for name in chosen:
+        torch.compiler.reset()                     # a process keeps few variants of a compiled function
         found = BENCHES[name]()
         print(found.to_string(index=False), "\n", flush=True)
         rows.append(found)
