@@ -39,7 +39,7 @@ def requirements(name):
     return cfg[name].split()
 
 
-notebooks = requirements("notebooks_requirements")
+notebooks, whitening = requirements("notebooks_requirements"), requirements("whitening_requirements")
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -61,7 +61,8 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"notebooks": notebooks, "encoders": requirements("encoders_requirements"), "dev": requirements("dev_requirements") + notebooks},
+    extras_require={"notebooks": notebooks, "encoders": requirements("encoders_requirements"), "whitening": whitening,
+                    "dev": requirements("dev_requirements") + notebooks + whitening},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [cfg["lib_name"] + "=" + cfg["lib_name"] + "._modidx:d"],

@@ -15,7 +15,8 @@ from . import __version__
 from .share import choose, need, share_path
 
 # %% ../nbs/78_cli.ipynb #cell-006
-PAPERS = {"avdd": "audio-visual dataset distillation", "dsdm": "diversified semantic distribution matching, images and speech"}   # nbs/repro_<name>.ipynb
+PAPERS = {"avdd": "audio-visual dataset distillation", "dsdm": "diversified semantic distribution matching, images and speech",
+          "vldd": "vision-language distillation, pictures and captions"}   # nbs/repro_<name>.ipynb
 
 def parse_assignments(pairs: list) -> dict:
     "[[name, value, …], …] or [['name=value'], …] → name → text; several values, or a name given again, make a list with commas"
@@ -29,7 +30,7 @@ def parse_assignments(pairs: list) -> dict:
 def report_name(paper: str, params: dict) -> str:
     "A file name that tells reports apart: paper, data set, IPC, profile"
     text = lambda value: "-".join(map(str, value)) if isinstance(value, list) else str(value)
-    named = {k: text(params[k]) for k in ("dataset", "table", "figure", "ipc", "profile") if params.get(k)}
+    named = {k: text(params[k]) for k in ("dataset", "table", "figure", "ipc", "pairs", "profile") if params.get(k)}
     parts = [paper, *(k * (k not in ("dataset", "profile")) + v for k, v in named.items())]
     return re.sub(r"[^\w.-]+", "-", "_".join(parts))
 
@@ -76,8 +77,10 @@ def headline(rows: str) -> str:
     rows = rows[rows.dataset == rows.dataset.iloc[0]]
     main = rows[rows.row == next((n for n in OWN if n in set(rows.row)), rows.row.iloc[-1])]
     main = main[main.ipc == main.ipc.max()].drop_duplicates(["modality", "seed", "eval_seed"])
+    if (first := main.modality.str.endswith("R@1")).any(): main = main[first]
     accuracies = " · ".join(f"{m} {a:.1f}" for m, a in main.groupby("modality", sort=False).accuracy.mean().items())
-    return f"{main.row.iloc[0]}, {main.dataset.iloc[0]}, IPC {main.ipc.iloc[0]}: {accuracies} %"
+    amount = f"{main.ipc.iloc[0]} pairs" if first.any() else f"IPC {main.ipc.iloc[0]}"
+    return f"{main.row.iloc[0]}, {main.dataset.iloc[0]}, {amount}: {accuracies} %"
 
 # %% ../nbs/78_cli.ipynb #cell-011
 KERNEL = "ddrepro-this-python"

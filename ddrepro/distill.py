@@ -103,6 +103,7 @@ def check_classes(method, real, classes) -> tuple:
     "The labels to distil, sorted; refuses unknown ones, and shards of methods whose classes influence one another"
     everything = tuple(range(len(real.classes)))
     if classes is None: return everything
+    if not everything: raise ValueError(f"{real.name} holds pairs without classes: leave out classes={list(classes)}")
     classes = tuple(sorted(set(int(c) for c in classes)))
     if not classes or set(classes) - set(everything): raise ValueError(f"classes must be labels between 0 and {everything[-1]}, got {list(classes)}")
     if classes != everything and not method.class_separable:

@@ -52,8 +52,9 @@ class DistilledData:
         return self.normalisation[modality] if self.space.get(modality) == "pixels" else lambda x: x
 
     def natural(self, modality: str) -> torch.Tensor:
-        "Canvases (classes, IPC, ch, H, W) as pixels in [0, 1] or decibels"
+        "Canvases (classes, IPC, ch, H, W) as pixels in [0, 1] or decibels; what was never normalised as it is"
         x = self.tensors[modality]
+        if modality not in self.normalisation: return x
         plain = x if self.space.get(modality) == "pixels" else self.normalisation[modality].undo(x.flatten(0, 1)).view(x.shape)
         return plain if modality in self.signals else plain.clamp(0, 1)
 
@@ -97,7 +98,7 @@ def normalisation_from(facts: dict, modality: str, tensors: dict):
 
 DistilledData.save, DistilledData.load = save, staticmethod(load)
 
-# %% ../nbs/30_distilled.ipynb #cell-017
+# %% ../nbs/30_distilled.ipynb #cell-019
 def merge(shards: list) -> DistilledData:
     "One distilled set from shards with disjoint classes; ValueError where they do not fit"
     first, labels = shards[0], [l for s in shards for l in s.labels]
@@ -114,12 +115,12 @@ def merge(shards: list) -> DistilledData:
     curve = tuple(np.sum([s.curve for s in shards], 0).tolist()) if first.curve else ()
     return replace(first, tensors=tensors, labels=tuple(sorted(labels)), curve=curve)
 
-# %% ../nbs/30_distilled.ipynb #cell-020
+# %% ../nbs/30_distilled.ipynb #cell-022
 def export(distilled: DistilledData, folder) -> list:
     "PNG and WAV files of every canvas, one folder a class: for looking and listening, not for training"
     written = []
-    for m in distilled.tensors:
-        for label, samples in zip(distilled.labels, distilled.natural(m)):
+    for m in distilled.normalisation:
+        for label, samples in zip(distilled.labels or (0,), distilled.natural(m)):
             into = Path(folder) / f"{label:04d}"
             into.mkdir(parents=True, exist_ok=True)
             for i, x in enumerate(samples):

@@ -124,8 +124,13 @@ class PairData:
 
     modalities = ("image", "text")
     classes = ()                                # none: retrieval, not classification
+    signals = {}                                # none: neither modality is a sound
 
     def __post_init__(self): check_pairs(self)
+
+    def __repr__(self):
+        sizes = " / ".join(f"{len(getattr(self, p)):,}" for p in PARTS)
+        return f"PairData({self.name!r}: pictures {sizes})"
 
     @property
     def shapes(self) -> dict:
