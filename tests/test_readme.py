@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 
 from ddrepro.evaluate import summarise
+from ddrepro.papers import MTT_CLAIMS
 from ddrepro.share import project_root
+from ddrepro.statistics import compare
 
 ROOT = project_root()
 pytestmark = pytest.mark.skipif(ROOT is None, reason="the README and the committed rows belong to a checkout")
@@ -48,3 +50,18 @@ def test_dsdm_accuracies():
             assert text == (f"{kept.accuracy.mean():.1f} ± {kept.accuracy.std(ddof=0):.1f}" if len(kept) else "–"), (row, column)
             checked += bool(len(kept))
     assert checked >= 25
+
+
+def test_mtt_table():
+    _, rows = next((h, r) for h, r in readme_tables() if h[0] == "MTT on digits")
+    kept = pd.read_csv(ROOT / "reports/mtt_digits.csv")
+    for row, *cells in rows:
+        for ipc, text in zip((1, 10), cells):
+            own = kept[kept.ipc == ipc]
+            if " − " not in row:
+                accuracy = own[own.row == row].accuracy
+                assert text == f"{accuracy.mean():.1f} ± {accuracy.std(ddof=0):.1f}", (row, ipc)
+                continue
+            found = compare(own, MTT_CLAIMS, "image").set_index(["a", "b"]).loc[tuple(row.split(" − "))]
+            assert text == f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}] {found.verdict}", (row, ipc)
+    assert len(rows) == 8
