@@ -130,7 +130,7 @@ def examples_html(
     width: int = 112           # of a picture on the page, pixels
 ) -> HTML:
     "Learned pairs as a table: picture and nearest real caption, before and after; captions are escaped"
-    picture = lambda x: f'<img src="{png_source(x)}" alt="" width="{width}" style="image-rendering: pixelated">'
+    picture = lambda x: f'<img src="{png_source(x)}" alt="" width="{width}" style="min-width: {width}px; image-rendering: pixelated">'
     said = lambda found: f"{html.escape(found[0])}<br><small>cosine {found[1]:.2f}</small>"
     middle = '<td style="vertical-align: middle">'
     lines = [f"<tr>{middle}{picture(x)}</td>{middle}{said(s)}</td>{middle}{picture(y)}</td>{middle}{said(t)}</td></tr>"

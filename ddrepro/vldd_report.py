@@ -51,14 +51,14 @@ BASELINES = ("Random", "Herding", "K-Center", "Forgetting")
 
 PROFILES = {   # what `profile` stands for; `shared` are fields of every method, `vldd` its own; where they say nothing, the method's defaults for the data set count
     "test":  dict(image="NFConvNet", text="TF-IDF 64", pairs=[20], seeds=1, eval_seeds=1, epochs=2, train_images=300, size=48,
-                  shared=dict(width=8, experts=1, expert_epochs=2, expert_captions=1), vldd=dict(iterations=2, steps=2, max_start=1, lr_image=10., lr_text=10., lr_rate=1e-6)),
+                  shared=dict(width=8, experts=1, expert_epochs=2, expert_captions=1), vldd=dict(iterations=2, steps=2, span=1, max_start=1, lr_image=10., lr_text=10., lr_rate=1e-6)),
     "quick": dict(image="NFConvNet", text="TF-IDF 64", pairs=[100], seeds=1, eval_seeds=2, epochs=51, train_images=0, size=64, shared=dict(experts=2), vldd=dict(iterations=30, batch=50)),
     "paper": dict(image="NFNet-L0", text="BERT", pairs=[100, 200, 500, 1000], seeds=1, eval_seeds=5, epochs=51, train_images=0, size=224,
-                  shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip"), vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100)),
+                  shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip"), vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, lr_image=1000., lr_text=1000., lr_rate=1e-2)),
 }
 RATES = {"digit_scenes": 0.1}     # data set → rate of evaluation on selected pairs: the best of 0.03, 0.1, 0.3 and 1 on validation for random pairs, seeds 100 and 101
 DEFAULT_SETS = {"test": "digit_scenes", "quick": "digit_scenes", "paper": "flickr30k"}
-SHARED, OWN = ("experts", "expert_epochs"), ("iterations", "steps", "student_scale")     # parameters of a request that are fields of methods
+SHARED, OWN = ("experts", "expert_epochs"), ("iterations", "steps", "lr_image", "lr_text", "lr_rate", "student_scale")     # parameters of a request that are fields of methods
 
 # %% ../nbs/83_vldd_report.ipynb #cell-007
 @dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ def check_values(params: dict):
     if params["dataset"]: choose("dataset", params["dataset"], sets)
     for name, allowed in (("table", VL_TABLES), ("methods", VL_TABLES["baselines"]), ("encoders", ENCODERS), ("texts", TEXTS)): params[name] = chosen(name, params[name], allowed)
     for name, allowed in (("image", ENCODERS), ("text", TEXTS)): params[name] = "".join(chosen(name, [params[name]] if params[name] else [], allowed))
-    for name in ("iterations", "experts", "expert_epochs", "steps", "epochs", "seeds", "eval_seeds", "train_images", "size", "student_scale", "rate"):
+    for name in ("iterations", "experts", "expert_epochs", "steps", "epochs", "seeds", "eval_seeds", "train_images", "size", "lr_image", "lr_text", "lr_rate", "student_scale", "rate"):
         if params[name] < 0: raise ValueError(f"{name} must be at least 0, got {params[name]}")
     if low := [n for n in params["pairs"] if n < 1]: raise ValueError(f"pairs must be at least 1, got {low[0]}")
     if params["device"].split(":")[0] not in ("auto", "cpu", "cuda"): choose("device", params["device"], ("auto", "cpu", "cuda"))
@@ -312,7 +312,7 @@ def differences(params: dict, s: VLSettings, real, lines: dict) -> list:
     if (s.image, s.text) != (p["image"], p["text"]): found.append(f"The main setting is {s.image} with {s.text} instead of {p['image']} with {p['text']}.")
     if s.encoders()["image"] in EMBEDDED: found.append(f"{s.image} begins with random weights; the paper's encoders are pre-trained on ImageNet.")
     if any("random weights" in l.name for own in lines.values() for l in own): found.append("Lines marked so have encoders with random weights.")
-    numbers = [f"{label} {own} (paper {theirs:,})" for label, own, theirs in counted(s) if own != theirs]
+    numbers = [f"{label} {own:g} (paper {theirs:,g})" for label, own, theirs in counted(s) if own != theirs]
     if numbers: found.append(", ".join(numbers)[:1].upper() + ", ".join(numbers)[1:] + ".")
     if (scale := s.vldd.get("student_scale")): found.append(f"Students train at temperature {scale:g} (D-VL-1; the authors' loop uses 2.659).")
     else: found.append("Students train at temperature 14.2857 as experts and evaluation do; the authors' loop multiplies by its logarithm, 2.659 (D-VL-1).")
@@ -326,7 +326,7 @@ def counted(s: VLSettings) -> list:
     "(what, ours, the paper's) of every number of a setting"
     p, method = PROFILES["paper"], s.configured("vldd", 100)
     words = dict(iterations="iterations", steps="student steps", span="expert epochs to match", max_start="start epochs", batch="pairs a mini-batch", experts="experts",
-                 expert_epochs="epochs an expert")
+                 expert_epochs="epochs an expert", lr_image="rate of pictures", lr_text="rate of texts", lr_rate="rate of the learned rates")
     return [*((word, getattr(method, k), (p["shared"] | p["vldd"])[k]) for k, word in words.items()), ("epochs of evaluation", s.epochs, p["epochs"]),
             ("distillation seeds", s.seeds, p["seeds"]), ("evaluation networks", s.eval_seeds, p["eval_seeds"])]
 

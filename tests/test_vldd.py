@@ -77,12 +77,14 @@ def squares(train: int = 24) -> PairData:
 @pytest.fixture(scope="module")
 def real(): return squares()
 
-@pytest.fixture(autouse=True)
-def in_this_process_on_one_thread(monkeypatch):
-    monkeypatch.setenv("DDREPRO_WORKERS", "0")
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process_on_one_thread():
+    "As the children compute, also for the sets that the whole module shares: results are bit-equal at equal thread counts"
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDREPRO_WORKERS", "0")
+        torch.set_num_threads(1)
+        yield
     torch.set_num_threads(before)
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ class VLDDConfiguration(DualFields, Method):
     @classmethod
     def defaults(cls, dataset, ipc): return pair_settings(dataset) | TUNED.get(dataset, {})
 
-TUNED = {}
+TUNED = {"digit_scenes": dict(iterations=60, max_start=6, span=2, lr_image=3000., lr_text=10., lr_rate=3e-4)}
 
 # %% ../../nbs/54_vldd.ipynb #cell-010
 LEARNED = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
