@@ -204,7 +204,8 @@ def summary_of(rows: pd.DataFrame) -> pd.DataFrame:
             if len(values) == 1: continue
             raise ValueError(f"row {name!r} mixes {column} {sorted(values.tolist())}; show one at a time, or name the rows apart")
     complete = rows.assign(steps=rows.get("steps", 0), samples=rows.get("samples", 0))
-    return summarise(complete, ("row", "modality")).set_index(["row", "modality"])
+    found = summarise(complete, ("row", "modality")).set_index(["row", "modality"])
+    return found.assign(std=found["std"].where(found.seeds != "1 × 1"))     # one network has no spread
 
 def shown_modalities(rows: pd.DataFrame) -> list:
     "Modalities of the rows, A, V, AV first"
