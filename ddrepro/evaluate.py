@@ -103,6 +103,7 @@ def evaluate(
 def evaluation_job(distilled, real, recipe, part, width, fusion, epochs, net="convnet") -> dict:
     "Everything `score` needs but the seeds"
     choose("part", part, PARTS); choose("fusion", fusion, FUSIONS); choose("net", net, NETS)
+    if not real.classes: raise ValueError(f"{real.name} holds pairs of pictures and texts, not classes: score them with `ddrepro.pair_training.evaluate_pairs`")
     if set(distilled.tensors) - set(real.modalities): raise ValueError(f"the distilled set has {list(distilled.tensors)}, {real.name} has {list(real.modalities)}")
     if len(distilled.labels) != len(real.classes):
         raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(real.classes)} classes; merge its shards first")

@@ -9,16 +9,14 @@ __all__ = ['expert_of', 'train_pair_expert', 'train_pair_experts', 'PairExperts'
 # %% ../nbs/42_pair_experts.ipynb #cell-003
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import hashlib, re
+import hashlib
 
 import torch
-from tqdm.auto import tqdm
 
 from .dual import DualSpec, caption_embeddings, dual_net, layouts, load_vectors, vectors
-from .files import DamagedFile
 from .pair_training import PAIR_EXPERT, PairRecipe, train_pairs
 from .provenance import code_digest, short_hash
-from .trajectories import Trajectories
+from .trajectories import Buffer, Trajectories
 from .workers import side_by_side
 
 # %% ../nbs/42_pair_experts.ipynb #cell-006
@@ -43,7 +41,7 @@ def train_pair_experts(jobs: list, device: str = "cpu"):
 
 # %% ../nbs/42_pair_experts.ipynb #cell-008
 @dataclass
-class PairExperts:
+class PairExperts(Buffer):
     "Dual encoders trained on all real pairs"
     real: object              # PairData
     spec: DualSpec
@@ -65,20 +63,11 @@ class PairExperts:
         key = pair_expert_key(self)
         self.trajectories = Trajectories(Path(self.folder or Path(self.root) / "pair_experts" / short_hash(key)), key)
 
-    def open(self, only=None, progress: bool = True) -> "PairExperts":
-        "Train the experts (all, or `only` some) that are not complete"
-        for first in sorted(self.trajectories.folder.glob("expert*"))[:1]: self.load(*map(int, re.findall(r"\d+", first.stem)))   # refuses a foreign buffer
-        missing = [i for i in (range(self.models) if only is None else only) if not self.trajectories.complete(i, self.epochs)]
-        ready = train_pair_experts(pair_expert_jobs(self, missing), self.device)
-        for _ in tqdm(ready, "pair experts", len(missing), disable=not (progress and missing)): self.trained += 1
-        return self
+    def train(self, indices): return train_pair_experts(pair_expert_jobs(self, indices), self.device)
 
     def load(self, expert: int, epoch: int) -> dict:
-        "Encoder → vector of an expert after an epoch; an expert with a damaged snapshot is trained again"
-        try: return self.trajectories.load(expert, epoch)
-        except DamagedFile as damage: print(f"experts: {damage}; training expert {expert} again")
-        for _ in train_pair_experts(pair_expert_jobs(self, [expert]), self.device): self.trained += 1
-        return self.trajectories.load(expert, epoch)
+        "Encoder → vector of an expert after an epoch"
+        return self.snapshot(expert, epoch)
 
 # %% ../nbs/42_pair_experts.ipynb #cell-009
 def network(self: PairExperts, expert: int, epoch: int):

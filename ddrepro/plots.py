@@ -7,7 +7,7 @@ __all__ = ['HTML', 'PALETTE', 'STYLE', 'MODALITIES', 'STALE', 'VERDICTS', 'MARKE
            'colour_scale', 'show_sample', 'some_classes', 'draw_grid', 'sample_grid', 'stored_samples',
            'distilled_grid', 'before_after', 'wav_bytes', 'players', 'real_sounds', 'distilled_sounds',
            'running_median', 'colours', 'loss_curves', 'summary_of', 'shown_modalities', 'table_bars', 'plus_minus',
-           'table_values', 'results_table', 'difference_plot', 'p_value', 'branch_features', 'tsne',
+           'table_values', 'results_table', 'difference_plot', 'p_value', 'difference_table', 'branch_features', 'tsne',
            'real_and_synthetic', 'feature_points', 'shade', 'draw_points', 'feature_map']
 
 # %% ../nbs/74_plots.ipynb #cell-003
@@ -271,7 +271,8 @@ def results_table(
 VERDICTS = {"holds": PALETTE[2], "fails": PALETTE[3], "undecided": "0.5"}
 
 def difference_plot(
-    comparisons: pd.DataFrame   # a, b, difference, low, high, verdict, as `ddrepro.statistics.compare` makes them
+    comparisons: pd.DataFrame,  # a, b, difference, low, high, verdict, as `ddrepro.statistics.compare` makes them
+    of: str = "accuracy"        # what differs
 ) -> plt.Figure:
     "Forest plot of paired differences with their intervals and verdicts; no interval where there is a single seed"
     several = "modality" in comparisons and comparisons.modality.nunique() > 1
@@ -286,7 +287,7 @@ def difference_plot(
         names = [f"{r.a} − {r.b}" + (f" ({r.modality})" if several else "") for r in comparisons.itertuples()]
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(comparisons) - .4, -.6); ax.tick_params(axis="y", length=0); ax.spines["left"].set_visible(False)
-        unit = f"{comparisons.modality.iloc[0]} accuracy" if "modality" in comparisons and not several else "accuracy"
+        unit = f"{comparisons.modality.iloc[0]} {of}" if "modality" in comparisons and not several else of
         ax.set_xlabel(f"difference in {unit} (percentage points{', 95 % interval' * bool(np.isfinite(comparisons.low).any())})")
     return fig
 
@@ -295,7 +296,15 @@ def p_value(p: float) -> str:
     "A p-value for a table"
     return "<0.001" if p < .0005 else f"{p:.3f}"
 
-# %% ../nbs/74_plots.ipynb #cell-046
+# %% ../nbs/74_plots.ipynb #cell-043
+def difference_table(comparisons: pd.DataFrame):
+    "The same as a table for display; names the modality where there are several"
+    several = ["modality"] if comparisons.modality.nunique() > 1 else []
+    shown = comparisons.assign(interval=[f"[{r.low:+.2f}, {r.high:+.2f}]" if r.seeds > 1 else "one seed" for r in comparisons.itertuples()])
+    shown = shown[["a", "b", *several, "difference", "interval", "p_holm", "seeds", "verdict"]].rename(columns={"p_holm": "p (Holm)", "modality": "in"})
+    return shown.style.format({"difference": "{:+.2f}", "p (Holm)": p_value}, na_rep="–").hide(axis="index")
+
+# %% ../nbs/74_plots.ipynb #cell-048
 @torch.no_grad()
 def branch_features(nets: list, x: torch.Tensor, modality: str, batch: int = 256) -> torch.Tensor:
     "Features (N, Σd) that one branch of several networks gives to samples, on the CPU"
@@ -307,7 +316,7 @@ def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
     state, perplexity = key_bits(seed, "plots/tsne") % 2**32, min(30, (len(features) - 1) / 3)
     return TSNE(init="pca", perplexity=perplexity, random_state=state).fit_transform(np.asarray(features, np.float32))
 
-# %% ../nbs/74_plots.ipynb #cell-047
+# %% ../nbs/74_plots.ipynb #cell-049
 def real_and_synthetic(real: RealData, distilled: dict, classes: list, per_class: int, seed: int) -> dict:
     "Set ('real' or a name of `distilled`) → (normalised inputs, labels) of some classes"
     drawn = {c: keyed_choice(len(real.train.by_class[c]), per_class, seed, "plots/feature_map", c) for c in classes}
@@ -332,7 +341,7 @@ def feature_points(real: RealData, distilled: dict, net, classes=(0, 1, 2), per_
     points = pd.concat(frames, ignore_index=True)
     return points.assign(**dict(zip("xy", tsne(torch.cat(list(features.values())), seed).T)))
 
-# %% ../nbs/74_plots.ipynb #cell-049
+# %% ../nbs/74_plots.ipynb #cell-051
 MARKERS = {"audio": "*", "image": "^"}
 
 def shade(colour: tuple, modality: str) -> tuple:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EXPERT', 'TOGETHER', 'Layout', 'layout_of', 'flatten', 'run_flat', 'keyed_dropout', 'Snapshots', 'unroll', 'Plan',
            'check_replay', 'trajectory_loss', 'UnusableRate', 'guard_rates', 'Trajectories', 'check_key', 'brief',
-           'expert_net', 'keep_snapshot', 'train_expert', 'train_together_on', 'train_experts', 'Experts', 'expert_key',
-           'expert_jobs', 'Segments']
+           'expert_net', 'keep_snapshot', 'train_expert', 'train_together_on', 'train_experts', 'Buffer', 'Experts',
+           'expert_key', 'expert_jobs', 'Segments']
 
 # %% ../nbs/26_trajectories.ipynb #cell-003
-import math, tempfile
+import math, re, tempfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -296,8 +296,30 @@ def train_experts(jobs: list, device: str = "cpu"):
         yield from side_by_side(train_expert, jobs, max((x.nbytes for j in jobs for x in j["inputs"].values()), default=0))
 
 # %% ../nbs/26_trajectories.ipynb #cell-046
+class Buffer:
+    "Base of experts on disk: has `models`, `epochs`, `trajectories` and `trained`, and says how experts are trained"
+
+    def train(self, indices: list):
+        "Train these experts; an iterator with one item for each that is ready"
+        raise TypeError(f"{type(self).__name__} does not define train")
+
+    def open(self, only=None, progress: bool = True):
+        "Train the experts (all, or `only` some) that are not complete; a foreign buffer is refused before anything is trained"
+        for first in sorted(self.trajectories.folder.glob("expert*"))[:1]: self.snapshot(*map(int, re.findall(r"\d+", first.stem)))
+        missing = [i for i in (range(self.models) if only is None else only) if not self.trajectories.complete(i, self.epochs)]
+        for _ in tqdm(self.train(missing), "experts", len(missing), disable=not (progress and missing)): self.trained += 1
+        return self
+
+    def snapshot(self, expert: int, epoch: int) -> dict:
+        "Name → vector of an expert after an epoch; an expert with a damaged snapshot is trained again"
+        try: return self.trajectories.load(expert, epoch)
+        except DamagedFile as damage: print(f"experts: {damage}; training expert {expert} again")
+        for _ in self.train([expert]): self.trained += 1
+        return self.trajectories.load(expert, epoch)
+
+# %% ../nbs/26_trajectories.ipynb #cell-048
 @dataclass
-class Experts:
+class Experts(Buffer):
     "Networks trained on real data, of which every epoch is kept"
     real: object              # RealData
     specs: dict               # modality → NetSpec
@@ -321,22 +343,13 @@ class Experts:
         key = expert_key(self)
         self.trajectories = Trajectories(Path(self.folder or Path(self.root) / "experts" / short_hash(key)), key)
 
-    def open(self, progress: bool = True) -> "Experts":
-        "Train the experts that are not complete"
-        missing = [i for i in range(self.models) if not self.trajectories.complete(i, self.epochs)]
-        if self.trajectories.path(0, 0).exists(): self.load(0, 0)         # refuses a foreign buffer before anything is trained
-        for _ in tqdm(train_experts(expert_jobs(self, missing), self.device), "experts", len(missing), disable=not (progress and missing)):
-            self.trained += 1
-        return self
+    def train(self, indices): return train_experts(expert_jobs(self, indices), self.device)
 
     def load(self, expert: int, epoch: int) -> torch.Tensor:
-        "The parameters of an expert after an epoch; an expert with a damaged snapshot is trained again"
-        try: return self.trajectories.load(expert, epoch)["parameters"]
-        except DamagedFile as damage: print(f"experts: {damage}; training expert {expert} again")
-        for _ in train_experts(expert_jobs(self, [expert]), self.device): self.trained += 1
-        return self.trajectories.load(expert, epoch)["parameters"]
+        "The parameters of an expert after an epoch"
+        return self.snapshot(expert, epoch)["parameters"]
 
-# %% ../nbs/26_trajectories.ipynb #cell-047
+# %% ../nbs/26_trajectories.ipynb #cell-049
 def expert_key(experts: Experts) -> dict:
     "Everything an expert depends on besides its index and its epochs, as plain data"
     e = experts
@@ -353,7 +366,7 @@ def expert_jobs(experts: Experts, indices: list) -> list:
                   strategy=real.strategy, seed=e.seed, epochs=e.epochs, folder=e.trajectories.folder, key=e.trajectories.key)
     return [shared | dict(index=i) for i in indices]
 
-# %% ../nbs/26_trajectories.ipynb #cell-056
+# %% ../nbs/26_trajectories.ipynb #cell-058
 @dataclass(frozen=True)
 class Segments:
     "Start and target of every iteration"

@@ -46,8 +46,7 @@ def method_class(name: str) -> type:
 def check_dataset(name: str):
     "Refuse what looks like a misspelt registered name; data of your own have no published values and may be called anything"
     known = list(_entries())
-    if name is None or name in known: return
-    if near := difflib.get_close_matches(str(name), known, n=1, cutoff=0.8): choose("dataset", name, near)
+    if name is not None and difflib.get_close_matches(str(name), known, n=1, cutoff=0.8): choose("dataset", name, known)
 
 def list_methods() -> pd.DataFrame:
     "The registered methods"
