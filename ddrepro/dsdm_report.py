@@ -96,7 +96,7 @@ class DSDMSettings:
 PROFILES = {   # what `profile` stands for; most numbers can be overridden by their own parameters
     "test":  dict(width=8, iterations=4, batch=16, models=2, pool_epochs=1, pool_batch=64, epochs=2, seeds=1, eval_seeds=1, points=2, nets=("ConvNet-3", "ResNet-10"),
                   ipc={"image": [2], "sound": [2]}, sweeps=dict(pool_epochs=[1, 2], models=[1, 2], lambda_sd=[0.01, 50.], lambda_h=[0., .2])),
-    "quick": dict(width=16, iterations=100, batch=64, models=5, pool_epochs=10, pool_batch=32, epochs=60, cross_epochs=20, seeds=1, eval_seeds=2, points=5,
+    "quick": dict(width=16, iterations=100, batch=64, models=5, pool_epochs=10, pool_batch=32, epochs=60, cross_epochs=10, seeds=1, eval_seeds=2, points=5,
                   nets=tuple(NETS), ipc={"image": [1, 10], "sound": [10, 20]},
                   sound=dict(iterations=40, batch=32, epochs=40), sweeps=dict(pool_epochs=[1, 5, 10], models=[1, 3, 5], lambda_sd=[0.01, 10., 50., 100.], lambda_h=[0., .2, 2.])),
     "paper": dict(width=128, iterations=10_000, batch=256, models=10, pool_epochs=20, pool_batch=256, epochs=1500, seeds=5, eval_seeds=1, points=10,

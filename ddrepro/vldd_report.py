@@ -54,7 +54,7 @@ PROFILES = {   # what `profile` stands for; `shared` are fields of every method,
                   shared=dict(width=8, experts=1, expert_epochs=2, expert_captions=1), vldd=dict(iterations=2, steps=2, span=1, max_start=1, lr_image=10., lr_text=10., lr_rate=1e-6)),
     "quick": dict(image="NFConvNet", text="TF-IDF 64", pairs=[100], seeds=1, eval_seeds=2, epochs=51, train_images=0, size=64, shared=dict(experts=2), vldd=dict(iterations=30, batch=50)),
     "paper": dict(image="NFNet-L0", text="BERT", pairs=[100, 200, 500, 1000], seeds=1, eval_seeds=5, epochs=51, train_images=0, size=224,
-                  shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip"), vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, lr_image=1000., lr_text=1000., lr_rate=1e-2)),
+                  shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip_randaugment"), vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, lr_image=1000., lr_text=1000., lr_rate=1e-2)),
 }
 RATES = {"digit_scenes": 0.1}     # data set → rate of evaluation on selected pairs: the best of 0.03, 0.1, 0.3 and 1 on validation for random pairs, seeds 100 and 101
 DEFAULT_SETS = {"test": "digit_scenes", "quick": "digit_scenes", "paper": "flickr30k"}
