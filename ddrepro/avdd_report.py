@@ -35,7 +35,7 @@ PROFILES = {   # what `profile` stands for; every number but width can be overri
     "quick": dict(width=32, iterations=100, seeds=1, eval_seeds=3, epochs=None),
     "paper": dict(width=128, iterations=5000, seeds=3, eval_seeds=5, epochs=None),
 }
-ROWS_OF = {"random": "Random", "herding": "Herding", "dm": "DM", "avdd": "AVDD", "whole": "Whole data"}
+ROWS_OF = {"random": "Random", "herding": "Herding", "mtt": "MTT", "dm": "DM", "avdd": "AVDD", "whole": "Whole data"}
 
 def settings_of(params: dict, classes: int) -> Settings:
     "Settings of a request: the profile's numbers where a parameter is 0"
@@ -47,7 +47,7 @@ def settings_of(params: dict, classes: int) -> Settings:
 def row_names(params: dict) -> list:
     "Rows of the request: its methods, the rows of its tables, controls and equal-steps rows"
     names = [ROWS_OF[m] for m in params["methods"]]
-    for t in params["tables"]: names += [n for n in AVDD_TABLES[f"Table {t}"] if n in AVDD_ROWS]
+    for t in params["tables"]: names += AVDD_TABLES[f"Table {t}"]
     evidence = (params.get("seeds") or PROFILES[params["profile"]]["seeds"]) >= 5       # the second equal-steps row costs a minute: for reports that decide claims
     if params["controls"] and "AVDD" in names: names += CONTROLS + tuple(n for n in EQUAL_STEPS if n.split(",")[0] in names and (evidence or n.startswith("DM")))
     return sorted(dict.fromkeys(names), key=list(AVDD_ROWS).index)

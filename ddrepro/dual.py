@@ -43,8 +43,8 @@ class DualSpec:
     def __post_init__(self):
         choose("text", self.text, ("tfidf", *PRETRAINED))
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        for what, least in (("lora", 0), ("dim", 1)):
-            if getattr(self, what) < least: raise ValueError(f"{what} must be at least {least}, got {getattr(self, what)}")
+        for what, least in (("lora", 0), ("dim", 1), ("width", 1)):
+            if getattr(self, what) is not None and getattr(self, what) < least: raise ValueError(f"{what} must be at least {least}, got {getattr(self, what)}")
         if self.image in EMBEDDED and self.width is None: object.__setattr__(self, "width", SMALL_WIDTH)
 
     def trained_on(self, image: str, width: int = None) -> "DualSpec":

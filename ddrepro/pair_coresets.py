@@ -94,9 +94,9 @@ def channel_statistics(real) -> Normalisation:
 # %% ../nbs/43_pair_coresets.ipynb #cell-022
 PUBLISHED = dict(image="nfnet_l0", text="bert", experts=20, expert_epochs=10, expert_augment="crop_flip_randaugment")
 PAIR_SETTINGS = {"flickr30k": PUBLISHED, "coco": PUBLISHED,
-                 "digit_scenes": dict(width=16, dim=64, experts=3, expert_epochs=8, expert_captions=1),
-                 "flickr8k": dict(width=32, experts=5, expert_epochs=10, expert_captions=1, expert_augment="crop_flip")}
+                 "digit_scenes": dict(width=16, dim=64, experts=5, expert_epochs=8, expert_captions=1),
+                 "flickr8k": dict(width=16, experts=3, expert_epochs=10, expert_captions=1, expert_augment="crop_flip")}
 
 def pair_settings(dataset: str) -> dict:
-    "Fields of `DualFields`, and width, for a registered set of pairs"
+    "Fields of `DualFields`, and width, for a registered set of pairs; empty for others"
     return dict(PAIR_SETTINGS.get(dataset, {}))

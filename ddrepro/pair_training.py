@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUGMENT', 'PAIR_EXPERT', 'PAIRS_RECIPE', 'PAIR_RECIPES', 'SHEAR', 'SHIFT', 'TURN', 'MOVES', 'TONES', 'OPERATIONS',
            'WAYS', 'PairRecipe', 'pair_recipe', 'pair_batches', 'crop_flip', 'moved', 'random_operations', 'augmented',
-           'pair_optimiser', 'train_pairs', 'check_finite', 'rates_of', 'pair_job', 'check_pair_set',
-           'check_same_texts', 'score_pairs', 'score_pairs_each', 'evaluate_pairs', 'pair_job_bytes']
+           'pair_optimiser', 'train_pairs', 'check_finite', 'rates_of', 'pair_job', 'check_pair_request',
+           'check_pair_set', 'check_same_texts', 'score_pairs', 'score_pairs_each', 'evaluate_pairs', 'pair_job_bytes']
 
 # %% ../nbs/41_pair_training.ipynb #cell-003
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
 from .data import PARTS
+from .distilled import DistilledData
 from .dual import DualSpec, caption_embeddings, dual_net, dual_of, features
 from .encoders import dropout_mask, trainable
 from .retrieval import SCALE, contrastive_loss, retrieval_scores
@@ -63,7 +64,7 @@ def pair_recipe(recipe, whole: bool = False) -> PairRecipe:
     "A PairRecipe, one by its name, or for None the published one"
     if recipe is None: return PAIR_EXPERT if whole else PAIRS_RECIPE
     if isinstance(recipe, str): return PAIR_RECIPES[choose("recipe", recipe, PAIR_RECIPES)]
-    if not isinstance(recipe, PairRecipe): raise TypeError(f"pairs are trained by a PairRecipe, got {type(recipe).__name__} {recipe.name!r}")
+    if not isinstance(recipe, PairRecipe): raise TypeError(f"pairs are trained by a PairRecipe, got {type(recipe).__name__} {getattr(recipe, 'name', recipe)!r}")
     return recipe
 
 # %% ../nbs/41_pair_training.ipynb #cell-010
@@ -183,14 +184,14 @@ def pair_job(
     real,                         # PairData: gives the part to score on
     recipe=None,                  # a PairRecipe or its name; default the published one
     part: str = "test",
-    spec: DualSpec = None,        # of evaluation; default the encoders it was distilled with
+    spec: DualSpec = None,        # of evaluation; default the encoders it was distilled with; needed for all real pairs
     store=None, epochs: int = None
 ) -> dict:                        # add seeds=[(distillation seed, evaluation seed)]
     "Everything `score_pairs` needs but the seeds"
-    choose("part", part, PARTS)
-    if distilled is not None: check_pair_set(distilled, real)
+    check_pair_request(distilled, real, part, spec, epochs)
     recipe = pair_recipe(recipe, whole=distilled is None)
-    spec = spec or (dual_of(distilled.card.get("method", {})) if distilled is not None else DualSpec())
+    spec = spec or dual_of(distilled.card.get("method", {}))
+    if distilled is not None: check_pair_set(distilled, real, spec)
     if distilled is None:
         own = dict(images=real.train.images, texts=caption_embeddings(real, spec, "train", store), image_of=real.pairs("train").image_of,
                    normalise=real.normalisation["image"], rates=None)
@@ -203,8 +204,20 @@ def pair_job(
     return own | scored | dict(spec=spec, recipe=recipe, epochs=epochs)
 
 # %% ../nbs/41_pair_training.ipynb #cell-033
-def check_pair_set(distilled, real):
+def check_pair_request(distilled, real, part, spec, epochs):
+    "Refuse what is not a set of pairs, data with captions, a part, encoders and a number of epochs"
+    choose("part", part, PARTS)
+    if not hasattr(real, "pairs"): raise TypeError(f"real must be PairData, got {getattr(real, 'name', real)!r}, a {type(real).__name__}")
+    if distilled is None and spec is None: raise ValueError("spec says with which encoders all real pairs are trained: give a DualSpec, or `method.dual` of a method")
+    if distilled is not None and not isinstance(distilled, DistilledData): raise TypeError(f"distilled must be DistilledData or None, got a {type(distilled).__name__}")
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0): raise ValueError(f"epochs must be an integer of at least 0, got {epochs!r}")
+
+def check_pair_set(distilled, real, spec: DualSpec):
     "Raise ValueError where a distilled set is not of pairs, or not of these data's space"
+    made_of = distilled.card.get("data")
+    if spec.text == "tfidf" and made_of not in (None, real.fingerprint):
+        raise ValueError(f"the texts of the set are embedded by a TF-IDF that was fitted on the captions of {distilled.card.get('dataset', 'other data')}; "
+                         f"{real.name} as given has other pictures or captions, so its texts mean something else there: evaluate on the data it was made of")
     if set(distilled.tensors) != {"image", "text"}: raise ValueError(f"a set of pairs has image and text, this one has {' and '.join(distilled.tensors)}")
     for m, n in distilled.normalisation.items():
         if n != real.normalisation[m]: raise ValueError(f"the distilled {m} is normalised by {n}, {real.name} by {real.normalisation[m]}")
@@ -233,13 +246,15 @@ def score_pairs_each(jobs: list, device: str = "cpu"):
 
 # %% ../nbs/41_pair_training.ipynb #cell-034
 def evaluate_pairs(
-    distilled,                # DistilledData of pairs; None: all real training pairs
+    distilled,                # DistilledData of pairs; None: all real training pairs, with `spec`
     real,                     # PairData: gives the part to score on
     recipe=None, seeds=5,     # how many evaluation networks, or which evaluation seeds
     part: str = "test",       # tuning scores on "validation"
-    spec: DualSpec = None, store=None, epochs: int = None, device: str = "cpu"
+    spec: DualSpec = None,    # encoders; default those the set was distilled with
+    store=None, epochs: int = None, device: str = "cpu"
 ) -> pd.DataFrame:            # one row a network and way
     "Score a distilled set of pairs: tidy rows with every single recall"
+    if not (seeds if isinstance(seeds, int) else list(seeds)): raise ValueError(f"seeds must be at least 1, or a list of evaluation seeds, got {seeds!r}")
     job, seed = pair_job(distilled, real, recipe, part, spec, store, epochs), distilled.card.get("seed", 0) if distilled is not None else 0
     jobs = [job | {"seeds": [(seed, k)]} for k in (range(seeds) if isinstance(seeds, int) else seeds)]
     return pd.DataFrame([row for rows in score_pairs_each(jobs, device) for row in rows])

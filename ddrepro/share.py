@@ -35,8 +35,9 @@ def share_path(
 
 def _nearest(given, allowed):
     "'; the nearest is ...' where something allowed looks like what was given, else nothing"
-    matches = difflib.get_close_matches(str(given), [str(a) for a in allowed], n=1, cutoff=0.5)
-    return f"; the nearest is {matches[0]!r}" if matches else ""
+    given, names = str(given).lower(), {str(a).lower(): str(a) for a in allowed}
+    matches = sorted((n for n in names if given and n.startswith(given)), key=len) or difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"; the nearest is {names[matches[0]]!r}" if matches else ""
 
 # %% ../nbs/01_share.ipynb #cell-013
 def choose(

@@ -6,9 +6,9 @@
 __all__ = ['ENCODERS', 'TEXTS', 'TITLES', 'ABOUT', 'SMALL', 'BASELINES', 'PROFILES', 'RATES', 'DEFAULT_SETS', 'SHARED', 'OWN',
            'NOT_ASKED', 'CLAIMS', 'VLSettings', 'whole_data', 'settings_of', 'wanted', 'Line', 'lacking_image',
            'lacking_text', 'lacking', 'named_lines', 'lines_of', 'unpublished', 'Cell', 'cells_of', 'pairs_of',
-           'plan_of', 'chosen', 'check_values', 'load_request', 'check_request', 'run_cells', 'told', 'distilled_cells',
-           'Shown', 'shown_run', 'learned_rates', 'final_values', 'claims_of', 'printed', 'sources_of', 'differences',
-           'counted', 'differs_box']
+           'plan_of', 'chosen', 'check_values', 'load_request', 'check_request', 'check_seeds', 'run_cells', 'told',
+           'distilled_cells', 'Shown', 'shown_run', 'learned_rates', 'final_values', 'claims_of', 'printed',
+           'sources_of', 'differences', 'trained_otherwise', 'counted', 'differs_box']
 
 # %% ../nbs/83_vldd_report.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -40,8 +40,8 @@ TITLES = {"baselines": "Selected and distilled pairs", "encoders": "Image encode
 ABOUT = {
     "baselines": "Real pairs chosen at random, by herding, by k-center and by forgetting, and as many learned ones. The same encoders are trained on each of them; the whole data train them as an expert.",
     "encoders": "Experts, students and evaluation with one image encoder a line, everything else alike.",
-    "lora": "With LoRA only adapters and the text projection are trained, stored of an expert, and matched.",
-    "cross": "Pairs distilled under the main image encoder, then used to train another one. The projection takes that encoder's width; the learned texts fit every one.",
+    "lora": "With LoRA only adapters and the text projection are trained, stored of an expert, and matched. The paper adapts a pre-trained transformer; adapters on one with random weights, as SmallViT's, say little about that.",
+    "cross": "Pairs distilled under the main image encoder, then used to train another one, at the rate learned for the main one. The projection takes that encoder's width; the learned texts fit every one.",
     "modality": "T: pictures stay the real ones they began as, only text embeddings are learned; I: the reverse. The loss keeps both trajectories (D-VL-6).",
     "initialisation": "Pictures and texts begin as those of real pairs, or as noise with the mean and spread of real ones.",
     "texts": "Frozen text encoders; what is learned is a text in their space, through a projection that is trained.",
@@ -52,9 +52,9 @@ BASELINES = ("Random", "Herding", "K-Center", "Forgetting")
 PROFILES = {   # what `profile` stands for; `shared` are fields of every method, `vldd` its own; where they say nothing, the method's defaults for the data set count
     "test":  dict(image="NFConvNet", text="TF-IDF 64", pairs=[20], seeds=1, eval_seeds=1, epochs=2, train_images=300, size=48,
                   shared=dict(width=8, experts=1, expert_epochs=2, expert_captions=1), vldd=dict(iterations=2, steps=2, span=1, max_start=1, lr_image=10., lr_text=10., lr_rate=1e-6)),
-    "quick": dict(image="NFConvNet", text="TF-IDF 64", pairs=[100], seeds=1, eval_seeds=2, epochs=51, train_images=0, size=64, shared=dict(experts=2), vldd=dict(iterations=30, batch=50)),
+    "quick": dict(image="NFConvNet", text="TF-IDF 64", pairs=[100], seeds=1, eval_seeds=2, epochs=51, train_images=0, size=64, shared=dict(experts=2), vldd=dict(iterations=20)),
     "paper": dict(image="NFNet-L0", text="BERT", pairs=[100, 200, 500, 1000], seeds=1, eval_seeds=5, epochs=51, train_images=0, size=224,
-                  shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip_randaugment"), vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, lr_image=1000., lr_text=1000., lr_rate=1e-2)),
+                  shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip_randaugment"), vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, alpha=0.1, lr_image=1000., lr_text=1000., lr_rate=1e-2)),
 }
 RATES = {"digit_scenes": 0.1}     # data set → rate of evaluation on selected pairs: the best of 0.03, 0.1, 0.3 and 1 on validation for random pairs, seeds 100 and 101
 DEFAULT_SETS = {"test": "digit_scenes", "quick": "digit_scenes", "paper": "flickr30k"}
@@ -221,9 +221,18 @@ def check_request(params: dict):
     "Refuse what cannot work before anything is computed. Returns PairData"
     check_values(params)
     real = load_request(params)
-    for cell in plan_of(params, real)[2]:
+    if (most := max(pairs_of(params))) > (there := len(real.pairs("train"))): raise ValueError(f"pairs={most} were asked for; {real.name} has {there:,} pairs of picture and caption to start from")
+    settings, _, cells = plan_of(params, real)
+    for cell in cells:
         if cell.experiment.method: cell.experiment.method.check(real)
+    check_seeds(settings, cells)
     return real
+
+def check_seeds(s: VLSettings, cells: list):
+    "Refuse more distillation seeds than experts where a coreset is chosen by an expert: it would count twice"
+    chosen = {c.experiment.label for c in cells if c.experiment.label in BASELINES[1:]}
+    experts = s.configured("vldd", 100).experts
+    if chosen and s.seeds > experts: raise ValueError(f"seeds={s.seeds} with {experts} experts: {', '.join(sorted(chosen))} would choose the same pairs twice; use as many experts (-p experts {s.seeds})")
 
 # %% ../nbs/83_vldd_report.ipynb #cell-019
 def run_cells(cells: list, real, **more) -> tuple:
@@ -309,6 +318,8 @@ def differences(params: dict, s: VLSettings, real, lines: dict) -> list:
     if published("vl", dataset=real.name).empty: found.append(f"The data set is {real.name}; the paper's are Flickr30K and COCO. Its numbers stand in tables of their own, not beside ours.")
     if remark := real.about.get("remark"): found.append(f"{real.name}: {remark}.")
     if s.size != p["size"]: found.append(f"Pictures have {s.size} pixels a side instead of {p['size']}.")
+    if most := params["train_images"] or PROFILES[params["profile"]]["train_images"]: found.append(f"Only {min(most, len(real.train)):,} training pictures are used.")
+    found += trained_otherwise(s, real)
     if (s.image, s.text) != (p["image"], p["text"]): found.append(f"The main setting is {s.image} with {s.text} instead of {p['image']} with {p['text']}.")
     if s.encoders()["image"] in EMBEDDED: found.append(f"{s.image} begins with random weights; the paper's encoders are pre-trained on ImageNet.")
     if any("random weights" in l.name for own in lines.values() for l in own): found.append("Lines marked so have encoders with random weights.")
@@ -322,11 +333,19 @@ def differences(params: dict, s: VLSettings, real, lines: dict) -> list:
     if missing := sum(bool(l.missing) for own in lines.values() for l in own): found.append(f"{missing} lines of the paper's tables were not run; each says why.")
     return found
 
+def trained_otherwise(s: VLSettings, real) -> list:
+    "Sentences on how experts are trained and pairs begin"
+    e, theirs = s.configured("vldd", 100), PROFILES["paper"]["shared"]["expert_augment"]
+    texts = len(real.pairs("train")) if not e.expert_captions else min(len(real.pairs("train")), e.expert_captions * len(real.train))
+    found = [f"An epoch of an expert is {max(1, texts // e.expert_batch):,} steps" + (f", over {e.expert_captions} of each picture's captions instead of all." if e.expert_captions else ".")]
+    if e.expert_augment != theirs: found.append(f"Pictures are augmented for experts by {e.expert_augment or 'nothing'} instead of {theirs} (crop, mirror, RandAugment).")
+    return found + ["Pairs to learn begin as plain pictures; the authors draw them with the training augmentation."]
+
 def counted(s: VLSettings) -> list:
     "(what, ours, the paper's) of every number of a setting"
     p, method = PROFILES["paper"], s.configured("vldd", 100)
     words = dict(iterations="iterations", steps="student steps", span="expert epochs to match", max_start="start epochs", batch="pairs a mini-batch", experts="experts",
-                 expert_epochs="epochs an expert", lr_image="rate of pictures", lr_text="rate of texts", lr_rate="rate of the learned rates")
+                 expert_epochs="epochs an expert", lr_image="rate of pictures", lr_text="rate of texts", lr_rate="rate of the learned rates", alpha="where these begin")
     return [*((word, getattr(method, k), (p["shared"] | p["vldd"])[k]) for k, word in words.items()), ("epochs of evaluation", s.epochs, p["epochs"]),
             ("distillation seeds", s.seeds, p["seeds"]), ("evaluation networks", s.eval_seeds, p["eval_seeds"])]
 

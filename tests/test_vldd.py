@@ -31,8 +31,8 @@ from ddrepro.trajectories import trajectory_loss, unroll
 COLOURS = ("red", "green", "blue", "grey")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DDREPRO_WORKERS": "0", "CUDA_VISIBLE_DEVICES": ""}
 PATIENCE = 300
-SMALL = dict(width=4, dim=6, experts=2, expert_epochs=2, expert_batch=8)
-QUICK = SMALL | dict(ipc=6, iterations=6, steps=3, batch=4, lr_image=5., lr_text=5., lr_rate=1e-5)
+SMALL = dict(width=4, dim=6, experts=2, expert_epochs=2, expert_batch=8, expert_captions=0)
+QUICK = SMALL | dict(ipc=6, iterations=6, steps=3, batch=4, max_start=2, alpha=0.1, lr_image=5., lr_text=5., lr_rate=1e-5)
 
 CHILD = '''
 import json, os, signal, sys

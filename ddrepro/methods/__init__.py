@@ -31,12 +31,13 @@ def _found() -> dict:
 def get_method(
     name: str,
     dataset: str = None,   # name of a registered data set, for its published hyper-parameters
-    ipc: int = 10,
+    ipc: int = None,       # samples a class, or pairs; default the method's
     **changes              # any hyper-parameter of the method
 ) -> Method:
     "A method with the published defaults for `dataset` and `ipc`"
     cls = method_class(name)
     check_dataset(dataset)
+    ipc = cls.ipc if ipc is None else ipc
     return cls(ipc=ipc).replace(**{**cls.defaults(dataset, ipc), **changes})
 
 def method_class(name: str) -> type:
@@ -44,9 +45,9 @@ def method_class(name: str) -> type:
     return methods[choose("method", name, sorted(methods))]
 
 def check_dataset(name: str):
-    "Refuse what looks like a misspelt registered name; data of your own have no published values and may be called anything"
+    "Refuse what looks like a misspelt registered name; data of your own have no published values and may be called anything, a file its own name"
     known = list(_entries())
-    if name is not None and difflib.get_close_matches(str(name), known, n=1, cutoff=0.8): choose("dataset", name, known)
+    if name is not None and "." not in str(name) and difflib.get_close_matches(str(name), known, n=1, cutoff=0.8): choose("dataset", name, known)
 
 def list_methods() -> pd.DataFrame:
     "The registered methods"
@@ -54,7 +55,7 @@ def list_methods() -> pd.DataFrame:
                          for n, c in sorted(_found().items())])
 
 # %% ../../nbs/50_methods.ipynb #cell-006
-def hyperparameters(name: str, dataset: str = None, ipc: int = 10) -> pd.DataFrame:
+def hyperparameters(name: str, dataset: str = None, ipc: int = None) -> pd.DataFrame:
     "Name, value and meaning of every hyper-parameter of a method, with the published values for `dataset` and `ipc`"
     method = get_method(name, dataset, ipc)
     meant = {}
