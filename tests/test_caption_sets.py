@@ -2,6 +2,8 @@
 import csv
 import json
 import re
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from ddrepro.data import PARTS, list_data, load_data
 from ddrepro.files import DamagedFile
 from ddrepro.pairs import CLIP, PairData, clean_caption, pairs_html
 from ddrepro.seeding import keyed
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*R@k means little:UserWarning")
 
 # What pre_caption(text, 30) of princetonvisualai/multimodal_dataset_distillation (commit c696fd6, data/flickr30k_dataset.py) returns
 LONG = [f"w{i}" for i in range(40)]
@@ -171,7 +175,7 @@ def rows_with(change):
     (lambda rows: rows[0].update(split="tests"), "split of 0.png must be one of .* the nearest is 'test'"),
     (lambda rows: rows[0].pop("sentences"), "image 0 must have filename, split and sentences"),
     (lambda rows: rows.insert(0, "no row"), "image 0 must have filename, split and sentences"),
-    (lambda rows: [row.update(split="train") for row in rows], "dataset_flickr30k.json has no validation image")])
+    (lambda rows: [row.update(split="train") for row in rows], "dataset_flickr30k.json has no validation and no test image")])
 def test_wrong_karpathy_files_are_refused(change, message, tmp_path):
     rows_with(change)(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message): load_data("flickr30k", root=tmp_path)
@@ -185,7 +189,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_data("flickr30k", root=tmp_path, images=tmp_path / "nowhere")
     (tmp_path / "flickr30k" / "flickr30k-images" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
     real = load_data("flickr30k", root=tmp_path)
-    with pytest.raises(DamagedFile, match="4.png cannot be read as an image"): real.test.images
+    with pytest.raises(DamagedFile, match=r"dataset_flickr30k.json, image 4: '4.png' cannot be read as an image"): real.test.images
     file = tmp_path / "flickr30k" / "dataset_flickr30k.json"
     file.write_text("{")
     with pytest.raises(DamagedFile, match="not valid JSON"): load_data("flickr30k", root=tmp_path)
@@ -234,14 +238,14 @@ GOOD = [(f"photos/{i}.png", "A picture.") for i in range(10)]
 
 
 @pytest.mark.parametrize("lines, options, message", [
-    ([*GOOD, ("photos/99.png", "A picture.")], {}, "names '99.png', which is not in .*photos"),
+    ([*GOOD, ("photos/99.png", "A picture.")], {}, "table.csv, line 12 names '99.png', which is not in .*photos"),
     ([*GOOD, ("photos/1.png", "...")], {}, "line 12: the caption of 'photos/1.png' is empty"),
     ([*GOOD, ("photos/1.png",)], {}, "line 12: the caption of 'photos/1.png' is empty"),
     ([*GOOD, ("", "A picture.")], {}, "line 12: image is empty"),
     (GOOD, dict(image_column="imge"), "image_column of .* must be one of 'image', 'caption'; got 'imge'; the nearest is 'image'"),
     (GOOD, dict(caption_column="captions"), "the nearest is 'caption'"),
-    (GOOD, dict(size=4), "size must be at least 8 pixels, got 4"),
-    (GOOD, dict(test=1.5), "test must lie between 0 and 1, got 1.5"),
+    ([*GOOD, ("photos/1.png", "A cat", " asleep.")], {}, "line 12 has more fields than the first line: put captions with commas in quotes"),
+    (GOOD, dict(split="splt"), "split of .* must be one of 'image', 'caption'"),
     (GOOD, dict(constants="Clip"), "constants must be one of 'clip', 'own'"),
     (GOOD[:2], {}, "2 pictures are too few")])
 def test_wrong_tables_are_refused(lines, options, message, table):
@@ -255,10 +259,111 @@ def test_tables_that_are_none(tmp_path, table):
     with pytest.raises(ValueError, match="empty.csv is empty"): load_data("caption_csv", file=tmp_path / "empty.csv")
     foreign = table([("photos/1.png", "größer")], encoding="latin-1")
     with pytest.raises(DamagedFile, match="not UTF-8"): load_data("caption_csv", file=foreign)
-    (tmp_path / "photos" / "5.png").write_text("no picture")
-    with pytest.raises(DamagedFile, match=r"5\.png cannot be read as an image"):
-        real = load_data("caption_csv", file=table(GOOD))
-        for p in PARTS: getattr(real, p).images
+
+
+@pytest.mark.parametrize("sign, word", [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_other_separators_are_named(sign, word, tmp_path):
+    (tmp_path / "table.csv").write_text(f"image{sign}caption\n1.png{sign}A cat, asleep.\n")
+    with pytest.raises(ValueError, match=f"columns must be separated by commas; {word} separate those of its first line"):
+        load_data("caption_csv", file=tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(file=3), "file must be the path of a CSV file, a string or a Path, got 3"),
+    (dict(size="48"), "size must be a whole number of pixels, at least 8, got '48'"),
+    (dict(size=48.5), "at least 8, got 48.5"),
+    (dict(size=4), "at least 8, got 4"),
+    (dict(size=True), "at least 8, got True"),
+    (dict(validation="a"), "validation must be a number between 0 and 1, got 'a'"),
+    (dict(test=1.5), "test must be a number between 0 and 1, got 1.5"),
+    (dict(validation=float("nan")), "validation must be a number between 0 and 1, got nan"),
+    (dict(validation=.5, test=.5), "must leave pictures to train on, got 0.5 and 0.5"),
+    (dict(constants="Clip"), "constants must be one of 'clip', 'own'; got 'Clip'; the nearest is 'clip'"),
+    (dict(seed=.5), "seed must be a whole number, got 0.5"),
+    (dict(name=7), "name must be a word or more, got 7")])
+def test_wrong_options_are_refused_before_anything_is_read(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message): load_data("caption_csv", **dict(file=tmp_path / "gone.csv") | options)
+    if "size" in options:
+        with pytest.raises(ValueError, match=message): load_data("flickr30k", root=tmp_path, **options)
+
+
+def test_a_table_never_has_the_name_of_a_registered_set(table):
+    file, known = table(GOOD), set(list_data().name)
+    for name in known:
+        assert chapter.table_name(Path(f"{name}.csv")) == f"{name}.csv" and chapter.table_name(Path(name)) == f"{name} (table)"
+        assert not {f"{name}.csv", f"{name} (table)"} & known
+        with pytest.raises(ValueError, match="name must not be that of a registered data set"): chapter.table_name(file, name.upper())
+    assert load_data("caption_csv", file=file.rename(file.with_name("flickr30k.csv"))).name == "flickr30k.csv"
+    assert load_data("caption_csv", file=file.with_name("flickr30k.csv").rename(file.with_name("flickr30k"))).name == "flickr30k (table)"
+    with pytest.raises(ValueError, match="got 'flickr30k'"): load_data("caption_csv", file=file.with_name("flickr30k"), name="flickr30k")
+
+
+# Given parts
+
+FOLDS = ["train", "test", "val", "Train ", "dev", "validation", "train", "test", "train", "test"]
+SPLIT = [(f"photos/{i}.png", f"Picture {i}.", fold) for i, fold in enumerate(FOLDS)] + [("photos/3.png", "Again 3.", "train")]
+HEADER = ("image", "caption", "fold")
+
+
+def test_parts_are_taken_from_a_column(table):
+    real = load_data("caption_csv", file=table(SPLIT, HEADER), split="fold", size=16)
+    said = {p: [own[0] for own in getattr(real, p).captions] for p in PARTS}
+    assert said == {"train": [f"Picture {i}." for i in (0, 3, 6, 8)], "validation": [f"Picture {i}." for i in (2, 4, 5)],
+                    "test": [f"Picture {i}." for i in (1, 7, 9)]}
+    assert real.train.captions[1] == ["Picture 3.", "Again 3."]
+    expected = np.asarray(picture(7).resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert (real.test.images[1].numpy() == expected).all()
+    drawn = load_data("caption_csv", file=table(SPLIT, HEADER), size=16)
+    assert drawn.fingerprint == load_data("caption_csv", file=table([line[:2] for line in SPLIT]), size=16).fingerprint != real.fingerprint
+
+
+@pytest.mark.parametrize("lines, message", [
+    ([*SPLIT, ("photos/3.png", "More.", "test")], "table.csv, line 5 puts 'photos/3.png' in train, line 13 in test; a picture belongs to one part"),
+    ([*SPLIT, ("./photos/3.png", "More.", "dev")], "line 5 puts './photos/3.png' in train, line 13 in validation"),
+    ([*SPLIT, ("photos/3.png", "More.", "tarin")], "table.csv, line 13: fold must be one of .*; got 'tarin'; the nearest is 'train'"),
+    ([*SPLIT, ("photos/3.png", "More.")], "table.csv, line 13: fold must be one of .*; got ''"),
+    ([line for line in SPLIT if line[2] != "test"], "table.csv has no test image: train, validation, test each need one at least"),
+    (SPLIT[:1], "table.csv has no validation and no test image")])
+def test_wrong_parts_are_refused(lines, message, table):
+    with pytest.raises(ValueError, match=message): load_data("caption_csv", file=table(lines, HEADER), split="fold")
+
+
+# Few pictures, and files that are none
+
+def test_a_tiny_test_part_is_told_once(table):
+    lines = [(f"photos/{i}.png", "A picture.") for i in range(10)]
+    with pytest.warns(UserWarning, match=r"table.csv has only 1 of its pictures for testing, fewer than 20, .*R@1 by chance: 100 %") as told:
+        real = load_data("caption_csv", file=table(lines))
+    assert len(told) == 1 and told[0].filename == __file__ and "R@k means little" in real.about["remark"]
+
+
+def test_a_test_part_of_twenty_is_not(table, tmp_path):
+    for i in range(10, 40): picture(i).save(tmp_path / "photos" / f"{i}.png")
+    lines = [(f"photos/{i}.png", "A picture.") for i in range(40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "R@k" not in load_data("caption_csv", file=table(lines), test=.5).about["remark"]
+    with pytest.warns(UserWarning, match="only 19 of"): load_data("caption_csv", file=table(lines), test=19 / 40)
+
+
+@pytest.mark.parametrize("content", [b"no picture", b"", b"GIF", b"\x89PNG\r\n\x1a\n rubbish"])
+def test_what_is_no_picture_is_found_with_the_table(content, table, tmp_path):
+    (tmp_path / "photos" / "5.png").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"table.csv, line 7: '5\.png' cannot be read as an image .*; repair it, or take out what names it"):
+        load_data("caption_csv", file=table(GOOD))
+
+
+def test_a_truncated_picture_is_named_with_its_line_when_read(table, tmp_path):
+    file = tmp_path / "photos" / "5.png"
+    file.write_bytes(file.read_bytes()[:-400])
+    real = load_data("caption_csv", file=table([(*line, part) for line, part in zip(GOOD, ["train"] * 6 + ["val"] * 2 + ["test"] * 2)], HEADER), split="fold")
+    assert real.test.images.shape == (2, 3, 64, 64)
+    with pytest.raises(DamagedFile, match=r"table.csv, line 7: '5\.png' cannot be read as an image \(image file is truncated"): real.train.images
+
+
+def test_headers_alone_are_read_with_the_table(table, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("a picture was decoded"))
+    load_data("caption_csv", file=table(GOOD))
 
 
 def test_the_registry_knows_them():

@@ -5,31 +5,28 @@
 # %% auto #0
 __all__ = ['COLOURS', 'GROUNDS', 'SIDE', 'CELL', 'SIZES', 'SHIFT', 'STRIPE', 'BRIGHTER', 'BOLDNESS', 'NOISE', 'FIGURES', 'SCENES',
            'SHARES', 'SYNONYMS', 'PLACES', 'VERBS', 'PARTICIPLES', 'APPEARING', 'AGENTS', 'RELATIONS', 'FRAMES',
-           'SCENE_NORMALISATION', 'CAPTIONS_SHA', 'FLICKR8K', 'SPLITS', 'KARPATHY', 'Figure', 'Scene', 'pick',
+           'SCENE_NORMALISATION', 'CAPTIONS_SHA', 'FLICKR8K', 'SPLITS', 'KARPATHY', 'FEWEST', 'Figure', 'Scene', 'pick',
            'split_samples', 'draw_scene', 'enlarge', 'paint', 'noun', 'relation', 'listed', 'sentence', 'describe',
-           'make_part', 'digit_scenes', 'drawn', 'flickr8k_files', 'read_captions', 'flickr8k', 'squash', 'read_files',
-           'check_rows', 'part_of_files', 'check_size', 'read_karpathy', 'KarpathySet', 'load_karpathy',
-           'karpathy_entry', 'flickr30k', 'coco', 'read_csv', 'split_rows', 'caption_csv']
+           'make_part', 'digit_scenes', 'drawn', 'flickr8k_files', 'read_captions', 'flickr8k', 'read_karpathy',
+           'KarpathySet', 'load_karpathy', 'karpathy_entry', 'flickr30k', 'coco', 'split_rows', 'table_name',
+           'check_table_options', 'caption_csv']
 
 # %% ../../nbs/19_caption_sets.ipynb #cell-003
-import csv, hashlib
+import hashlib, os, warnings
 from dataclasses import dataclass
-from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.datasets import load_digits
-from tqdm.auto import tqdm
 
-from ..data import PARTS, Normalisation, data_root, dataset
+from ..data import PARTS, Normalisation, _entries, data_root, dataset
 from .av_mnist import read_pack
 from .digits_av import IMAGES_SHA, NAMES, check_sha
-from .folders import read_image
 from ..files import DamagedFile, read_json
-from ..pairs import CLIP, PairData, PairPart, clean_caption
+from ..pairs import CLIP, PairData, PairPart, Row, by_part, check_headers, check_rows, check_size, part_of_rows, read_csv
 from ..seeding import keyed, keyed_choice
 from ..share import choose
 
@@ -242,53 +239,21 @@ def flickr8k(
     return PairData("flickr8k", **parts, about=about)
 
 # %% ../../nbs/19_caption_sets.ipynb #cell-033
-def squash(image: Image.Image, size: int) -> torch.Tensor:
-    "The whole picture, bicubic, as (3, size, size) bytes"
-    return torch.from_numpy(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy())
-
-def read_files(paths: list, size: int) -> torch.Tensor:
-    "Pictures in files → (N, 3, size, size) bytes"
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    for i, path in enumerate(tqdm(paths, desc="reading", unit="image")): images[i] = squash(read_image(path), size)
-    return images
-
-def check_rows(rows: list, source: Path):
-    "Refuse a picture that is not there and a caption without a word; `rows` are (path, captions)"
-    if absent := [path for path, _ in rows if not path.is_file()]:
-        others = f" (and {len(absent) - 1:,} others)" if absent[1:] else ""
-        raise FileNotFoundError(f"{source} names {absent[0].name!r}{others}, which is not in {absent[0].parent}")
-    for path, captions in rows:
-        if not captions: raise ValueError(f"{source}: {path.name!r} has no caption")
-        for j, caption in enumerate(captions):
-            if not isinstance(caption, str) or not clean_caption(caption):
-                raise ValueError(f"{source}: caption {j} of {path.name!r} is empty once cleaned: {caption!r}")
-
-def part_of_files(rows: list, size: int) -> PairPart:
-    "A part that is read when its pictures are asked for"
-    paths, captions = zip(*rows)
-    return PairPart(partial(read_files, paths, size), list(captions))
-
-def check_size(size: int):
-    if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
-
-# %% ../../nbs/19_caption_sets.ipynb #cell-036
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 
 def read_karpathy(file: Path, folder: Path) -> dict:
-    "Part → list of (path, captions) from a file of Karpathy's; a picture is folder/filepath/filename"
+    "Part → rows of a file of Karpathy's; a picture is folder/filepath/filename"
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DamagedFile(f"{file} is not a caption file of Karpathy's: it holds no list 'images'")
-    parts = {p: [] for p in PARTS}
+    rows = []
     for i, row in enumerate(content["images"]):
         try: path, split, captions = folder / row.get("filepath", "") / row["filename"], row["split"], [s["raw"] for s in row["sentences"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedFile(f"{file}: image {i} must have filename, split and sentences with raw ({error!r})") from None
-        parts[SPLITS[choose(f"{file}: split of {path.name}", split, SPLITS)]].append((path, captions))
-    for p, rows in parts.items():
-        if not rows: raise ValueError(f"{file} has no {p} image")
-        check_rows(rows, file)
-    return parts
+        rows.append(Row(path, captions, f"{file}, image {i}", SPLITS[choose(f"{file}: split of {path.name}", split, SPLITS)]))
+    check_rows(rows)
+    return by_part(rows, file)
 
 @dataclass(frozen=True)
 class KarpathySet:
@@ -304,7 +269,7 @@ KARPATHY = {"flickr30k": KarpathySet("dataset_flickr30k.json", ("flickr30k-image
             "coco": KarpathySet("dataset_coco.json", (".",), "113287/5000/5000", "MS COCO 2014 (Lin et al.), Karpathy's split",
                                 "captions CC BY 4.0; photographs their owners'")}
 
-# %% ../../nbs/19_caption_sets.ipynb #cell-037
+# %% ../../nbs/19_caption_sets.ipynb #cell-034
 def load_karpathy(
     name: str,                  # of `KARPATHY`
     size: int = 64,             # height and width the pictures are resized to
@@ -324,7 +289,7 @@ def load_karpathy(
     parts["train"] = [parts["train"][i] for i in drawn(len(parts["train"]), train_images)]
     remark = f"read as {size}×{size}, bicubic, proportions not kept"
     about = dict(source=known.source, licence=known.licence, remark=remark, published=True)
-    return PairData(name, **{p: part_of_files(rows, size) for p, rows in parts.items()}, about=about)
+    return PairData(name, **{p: part_of_rows(rows, size) for p, rows in parts.items()}, about=about)
 
 def karpathy_entry(name: str) -> dict:
     "What the registry shows of a set"
@@ -342,31 +307,9 @@ def coco(size: int = 64, train_images: int = None, file=None, images=None, root=
     "Photographs with five captions or more; options as in `load_karpathy`"
     return load_karpathy("coco", size, train_images, file, images, root)
 
-# %% ../../nbs/19_caption_sets.ipynb #cell-043
-def read_csv(file: Path, image_column: str, caption_column: str) -> list:
-    "List of (path, captions) from a table, pictures in the order they first appear"
-    if not file.is_file(): raise FileNotFoundError(f"file must name a CSV file, got {str(file)!r}: there is none")
-    found = {}
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines)
-            if not (columns := table.fieldnames): raise ValueError(f"{file} is empty: its first line must name its columns")
-            for argument, column in (("image_column", image_column), ("caption_column", caption_column)):
-                choose(f"{argument} of {file}", column, columns)
-            for row in table:
-                picture, caption = row[image_column], row[caption_column]
-                if not (picture or "").strip(): raise ValueError(f"{file}, line {table.line_num}: {image_column} is empty")
-                if not clean_caption(caption or ""): raise ValueError(f"{file}, line {table.line_num}: the caption of {picture!r} is empty")
-                found.setdefault(file.parent / picture.strip(), []).append(caption)
-    except UnicodeDecodeError as error: raise DamagedFile(f"{file} is not UTF-8 text ({error}); save it as CSV in UTF-8") from None
-    except csv.Error as error: raise DamagedFile(f"{file} is not a readable CSV file ({error})") from None
-    check_rows(list(found.items()), file)
-    return list(found.items())
-
+# %% ../../nbs/19_caption_sets.ipynb #cell-040
 def split_rows(rows: list, validation: float, test: float, seed: int) -> dict:
     "Part → its rows: a keyed split with at least one picture in each"
-    for argument, share in (("validation", validation), ("test", test)):
-        if not 0 < share < 1: raise ValueError(f"{argument} must lie between 0 and 1, got {share}")
     held, tested = (max(1, round(share * len(rows))) for share in (validation, test))
     if held + tested >= len(rows):
         raise ValueError(f"{len(rows)} pictures are too few: validation={validation} and test={test} take {held} and {tested} of them")
@@ -374,27 +317,55 @@ def split_rows(rows: list, validation: float, test: float, seed: int) -> dict:
     chosen = dict(zip(("test", "validation", "train"), np.split(order, [tested, tested + held])))
     return {p: [rows[i] for i in np.sort(chosen[p])] for p in PARTS}
 
+# %% ../../nbs/19_caption_sets.ipynb #cell-043
+def table_name(file: Path, name: str = None) -> str:
+    "`name`, else the file's with its suffix; never that of a registered data set"
+    if name is None: name = file.name if file.suffix else f"{file.name} (table)"
+    if not isinstance(name, str) or not name.strip(): raise ValueError(f"name must be a word or more, got {name!r}")
+    if name.strip().lower() in _entries():
+        raise ValueError(f"name must not be that of a registered data set: its settings and published numbers would be taken; got {name!r}")
+    return name
+
+def check_table_options(file, size, validation, test, constants, seed):
+    "Refuse values that cannot work, before anything is read"
+    if not isinstance(file, (str, os.PathLike)): raise ValueError(f"file must be the path of a CSV file, a string or a Path, got {file!r}")
+    check_size(size)
+    for argument, share in (("validation", validation), ("test", test)):
+        if not isinstance(share, Real) or not 0 < share < 1: raise ValueError(f"{argument} must be a number between 0 and 1, got {share!r}")
+    if validation + test >= 1: raise ValueError(f"validation and test must leave pictures to train on, got {validation} and {test}")
+    choose("constants", constants, ("clip", "own"))
+    if isinstance(seed, bool) or not isinstance(seed, Integral): raise ValueError(f"seed must be a whole number, got {seed!r}")
+
 # %% ../../nbs/19_caption_sets.ipynb #cell-045
+FEWEST = 20   # test pictures below which a recall says little: by chance R@1 is 5 % of as many
+
 @dataset("caption_csv", modalities=("image", "text"), classes=0, sizes="yours", source="your table: load_data('caption_csv', file=…)",
          where=lambda: "")
 def caption_csv(
-    file,                              # CSV, UTF-8, with a header
+    file,                              # CSV, UTF-8, commas, with a header
     image_column: str = "image",       # path of a picture, relative to the file
     caption_column: str = "caption",
     size: int = 64,                    # height and width the pictures are resized to
-    name: str = None,                  # of the data set; default the file's
-    validation: float = 0.1,           # share of the pictures
-    test: float = 0.1,                 # share of the pictures
+    name: str = None,                  # of the data set; default the file's, with its suffix
+    split: str = None,                 # column of train, validation (or val, dev) and test; default drawn by key
+    validation: float = 0.1,           # share of the pictures, where `split` is not given
+    test: float = 0.1,                 # share of the pictures, where `split` is not given
     constants: str = "clip",           # or "own": normalise by the training pictures' mean and std
-    seed: int = 0                      # of the split
+    seed: int = 0                      # of the split, where it is drawn
 ) -> PairData:
     "Your own pictures and captions"
-    check_size(size)
-    choose("constants", constants, ("clip", "own"))
+    check_table_options(file, size, validation, test, constants, seed)
     file = Path(file).expanduser()
-    rows = read_csv(file, image_column, caption_column)
-    parts = {p: part_of_files(some, size) for p, some in split_rows(rows, validation, test, seed).items()}
-    about = dict(source=f"pictures and captions of {file.name}", licence="its owner's", published=False,
-                 remark=f"{len(rows):,} pictures, {sum(len(c) for _, c in rows):,} captions; read as {size}×{size}, proportions not kept")
+    name, rows = table_name(file, name), read_csv(file, image_column, caption_column, split)
+    parts = by_part(rows, file) if split is not None else split_rows(rows, validation, test, seed)
+    check_rows(rows)
+    check_headers(rows)
+    remark = f"{len(rows):,} pictures, {sum(len(row.captions) for row in rows):,} captions; read as {size}×{size}, proportions not kept"
+    if (count := len(parts["test"])) < FEWEST:
+        few = f"only {count} of its pictures for testing, fewer than {FEWEST}, so R@k means little (R@1 by chance: {100 / count:.0f} %)"
+        warnings.warn(f"{name} has {few}", stacklevel=3)
+        remark += f"; {few}"
+    about = dict(source=f"pictures and captions of {file.name}", licence="its owner's", published=False, remark=remark)
+    parts = {p: part_of_rows(some, size) for p, some in parts.items()}
     normalisation = CLIP if constants == "clip" else Normalisation.fit(parts["train"].images)
-    return PairData(name or file.stem, **parts, normalisation={"image": normalisation}, about=about)
+    return PairData(name, **parts, normalisation={"image": normalisation}, about=about)
