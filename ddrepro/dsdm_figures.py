@@ -10,7 +10,7 @@ __all__ = ['ALIKE', 'LABELS', 'REAL', 'DISTILLED', 'NO_METHOD', 'BEST', 'check_f
            'columns_of', 'printed_numbers', 'table_heads', 'cell_text', 'printed_text', 'table_notes', 'pivot_table']
 
 # %% ../nbs/80_dsdm_figures.ipynb #cell-003
-import html
+import html, re
 from itertools import groupby
 
 import matplotlib.pyplot as plt
@@ -368,7 +368,8 @@ def table_notes(body: str) -> str:
     "The legend of what occurs in the table"
     notes = {"<small>(": "in brackets: published", " *)": "*: follows from other numbers of the paper", ">–<": "–: not run",
              STALE + "</th>": "†: made by an earlier version of the code"}
-    return f"<caption>{'; '.join(['Accuracy in percent, mean ± std'] + [note for sign, note in notes.items() if sign in body])}</caption>"
+    ours = re.sub(r"<small>\(.*?\)</small>", "", body)
+    return f"<caption>{'; '.join(['Accuracy in percent, mean' + ' ± std' * ('±' in ours)] + [note for sign, note in notes.items() if sign in body])}</caption>"
 
 # %% ../nbs/80_dsdm_figures.ipynb #cell-047
 def pivot_table(

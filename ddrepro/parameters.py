@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'WORDS', 'Parameter', 'read_annotation', 'parse_parameters', 'declared_parameters', 'parameters_help',
-           'read_scalar', 'read_value', 'check_parameters', 'is_declaration', 'guard_parameters']
+           'read_scalar', 'as_written', 'read_value', 'check_parameters', 'is_declaration', 'guard_parameters']
 
 # %% ../nbs/75_parameters.ipynb #cell-003
 import ast
@@ -110,20 +110,32 @@ def read_scalar(
     raise ValueError
 
 
+def as_written(
+    value,  # that was refused
+) -> str:
+    "The value and its type as a user wrote them: the text 2.5 of a command line is a number"
+    if isinstance(value, str):
+        try: meant = ast.literal_eval(value)
+        except (ValueError, SyntaxError): meant = value
+        if isinstance(meant, (int, float)): return f"{value}, which is {type(meant).__name__}"
+    return f"{value!r}, which is {type(value).__name__}"
+
+
 def read_value(
     parameter: Parameter,  # what is wanted
     value,  # what was given
 ):
     "The value as the parameter's type; raises TypeError with both where it is not one"
     if parameter.optional and (value is None or isinstance(value, str) and value.lower() == "none"): return None
-    try:
-        if parameter.type is not list: return read_scalar(value, parameter.type)
-        if isinstance(value, str): value = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
-        if not isinstance(value, (list, tuple)): value = [value]
-        return [read_scalar(item, parameter.items) for item in value]
-    except ValueError: pass
-    about = f"  ({parameter.help})" if parameter.help else ""
-    raise TypeError(f"parameter {parameter.name!r} must be {parameter.wanted}; got {value!r}, which is {type(value).__name__}{about}")
+    many = parameter.type is list
+    if many and isinstance(value, str): value = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
+    found = []
+    for item in value if many and isinstance(value, (list, tuple)) else [value]:
+        try: found.append(read_scalar(item, parameter.items if many else parameter.type))
+        except ValueError:
+            about = f"  ({parameter.help})" if parameter.help else ""
+            raise TypeError(f"parameter {parameter.name!r} must be {parameter.wanted}; got {as_written(item)}{about}") from None
+    return found if many else found[0]
 
 # %% ../nbs/75_parameters.ipynb #cell-022
 def check_parameters(

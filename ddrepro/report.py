@@ -7,7 +7,7 @@ __all__ = ['nbformat', 'nbconvert', 'mistune', 'math_core', 'bs4', 'jinja2', 'ma
            'PROGRESS', 'SUMMARIES', 'ACTIVE', 'NUMBER', 'mathml', 'tex2mathml', 'MathRenderer', 'ReportExporter',
            'without_progress', 'shown_output', 'shown_cell', 'disarm', 'list_contents', 'align_table',
            'describe_images', 'code_colours', 'plain', 'write_page', 'finished_at', 'take_head', 'render_report',
-           'tagged_output', 'HeadReader', 'read_about', 'report_index']
+           'tagged_output', 'absent_lines', 'HeadReader', 'read_about', 'report_index']
 
 # %% ../nbs/76_report.ipynb #cell-003
 import html
@@ -287,6 +287,16 @@ def tagged_output(
     return "\n".join(text.strip("\n") for text in texts if text.strip())
 
 # %% ../nbs/76_report.ipynb #cell-041
+def absent_lines(
+    executed_notebook: str | Path,  # an .ipynb with its outputs
+) -> list[str]:
+    "'line: why it is empty' of the tables that a notebook shows, each once"
+    nb = nbformat.read(executed_notebook, as_version=4)
+    pages = [o.data["text/html"] for c in nb.cells if c.cell_type == "code" for o in c.outputs if "text/html" in o.get("data", {})]
+    notes = [note for page in pages for note in bs4.BeautifulSoup(page, "html.parser").select("th .absent")]
+    return list(dict.fromkeys(f"{note.parent.find(string=True).strip()}: {note.get_text().strip()}" for note in notes))
+
+# %% ../nbs/76_report.ipynb #cell-044
 class HeadReader(HTMLParser):
     "Collects the ddrepro entries in a page's head"
 

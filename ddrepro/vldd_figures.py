@@ -92,7 +92,8 @@ def line_name(name: str, stale: bool, why: str) -> str:
 def legend(blocks: dict) -> str:
     "What occurs in the table"
     cells, names = " ".join(c for lines in blocks.values() for _, own in lines for c in own), " ".join(n for lines in blocks.values() for n, _ in lines)
-    notes = ["Recall in percent, mean ± std", *["in brackets: published"] * ("<small>(" in cells), *["–: not run"] * (">–<" in cells),
+    spread = any("±" in cell.split("<br>")[0] for lines in blocks.values() for _, own in lines for cell in own)
+    notes = ["Recall in percent, mean" + " ± std" * spread, *["in brackets: published"] * ("<small>(" in cells), *["–: not run"] * (">–<" in cells),
              *["†: made by an earlier version of the code"] * (STALE in names)]
     return "; ".join(notes)
 

@@ -206,14 +206,15 @@ def check_values(params: dict):
     if low := [n for n in params["pairs"] if n < 1]: raise ValueError(f"pairs must be at least 1, got {low[0]}")
     if params["device"].split(":")[0] not in ("auto", "cpu", "cuda"): choose("device", params["device"], ("auto", "cpu", "cuda"))
     if params["device"].startswith("cuda") and not torch.cuda.is_available(): raise ValueError("device 'cuda' was asked for and torch finds no CUDA GPU; use 'cpu' or 'auto'")
-    if bool(params["file"]) != (params["dataset"] == "caption_csv"): raise ValueError("file names the table of the data set caption_csv: give both, or neither")
+    if bool(params["file"]) != (params["dataset"] == "caption_csv"): raise ValueError(f"file={params['file']!r} names the table of the data set caption_csv, and dataset is {params['dataset']!r}: give both, or neither")
+    if params["split"] and not params["file"]: raise ValueError(f"split={params['split']!r} names a column of caption_csv's table: give dataset caption_csv and file, or leave split out")
 
 def load_request(params: dict):
     "The data set of a request, with no more training pictures than asked for"
     name, p = params["dataset"] or DEFAULT_SETS[params["profile"]], PROFILES[params["profile"]]
     options = dict(size=params["size"] or p["size"]) if name in ("flickr30k", "coco", "caption_csv") else {}
     if params["size"] and not options: raise ValueError(f"size is for flickr30k, coco and caption_csv; the pictures of {name} have one size")
-    real, most = load_data(name, **options, **(dict(file=params["file"]) if params["file"] else {})), params["train_images"] or p["train_images"]
+    real, most = load_data(name, **options, **{k: params[k] for k in ("file", "split") if params[k]}), params["train_images"] or p["train_images"]
     if not most or most >= len(real.train): return real
     return replace(real, train=real.train.select(np.sort(keyed_choice(len(real.train), most, 0, "vldd_report/train"))))
 

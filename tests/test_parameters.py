@@ -34,6 +34,7 @@ def papermill(notebook, folder, *words):
 @pytest.mark.parametrize("words, message", [
     (["-p", "icp", "3"], "got 'icp'; the nearest is 'ipc'"),
     (["-p", "ipc", "ten"], "parameter 'ipc' must be int; got 'ten'"),
+    (["-p", "ipc", "2.5"], "parameter 'ipc' must be int; got 2.5, which is float"),
 ])
 def test_refused_before_computing(notebook, tmp_path, words, message):
     done, computed = papermill(notebook, tmp_path, *words)

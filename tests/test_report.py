@@ -7,6 +7,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from ddrepro.cli import main
 from ddrepro.report import render_report, report_index, tagged_output
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"
@@ -49,3 +50,52 @@ def test_index_and_handed_on_table(page):
     assert "63.9" in tagged_output(page.parent.parent / "out.ipynb", "final-table")
     soup = BeautifulSoup(report_index(page.parent).read_text(), "html.parser")
     assert [td.get_text() for td in soup.main.find_all("td")][:2] == ["Title", "avdd 63.9 %"]
+
+
+TINY = {
+    "parameters": "profile: str = 'quick'  # of the run\nlines: list[str] = []  # that have a result\ndevice: str = 'auto'",
+    "table": "from IPython.display import HTML\nHTML('<table><tr><th>ViT-Tiny<br><small class=\"absent\">not run: no weights</small></th><td>–</td></tr></table>')",
+    "final-table": "print(lines if lines else 'Empty DataFrame')",
+    "rows": "if lines: print('dataset,row,ipc,modality,seed,eval_seed,accuracy')\nfor line in lines: print(f'digits,{line},1,A,0,0,50')",
+    "provenance": "print('{}')",
+}
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    "`ddrepro run avdd -p …` with a notebook of a few lines in the paper's place: (status, what it wrote, the folder of reports)"
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(source, metadata={"tags": [tag]}) for tag, source in TINY.items()], metadata=kernel), tmp_path / "tiny.ipynb")
+    monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / "tiny.ipynb")
+    monkeypatch.setenv("DDREPRO_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        status = main(["run", "avdd", "--reports", str(tmp_path / "reports"), *words])
+        said = capsys.readouterr()
+        return status, said.out + said.err, tmp_path / "reports"
+    return call
+
+
+def test_a_report_and_its_rows_belong_together(command):
+    status, _, reports = command("--name", "same", "-p", "lines", "DM")
+    assert status == 0 and "digits,DM,1" in (reports / "same.csv").read_text()
+    status, said, _ = command("--name", "same")
+    assert (reports / "same.html").exists() and not (reports / "same.csv").exists()
+    assert status == 1 and "no line of this report has a result" in said and "ViT-Tiny: not run: no weights" in said
+    assert "Empty DataFrame" not in said and str(reports / "same.html") in said
+
+
+def test_other_parameters_make_another_report(command):
+    for given in (["lines", "DM"], ["lines", "AVDD"], ["lines", "AVDD", "-p", "device", "cpu"]): reports = command("-p", *given)[2]
+    first, second = sorted(p.stem for p in reports.glob("*.csv"))
+    assert {first[:11], second[:11]} == {"avdd_quick_"} and len(first) == len(second) == 17
+    assert {p.stem for p in reports.glob("*.html")} == {first, second, "index"}
+
+
+def test_help_is_of_one_paper(capsys):
+    from ddrepro.cli import PAPERS
+    for words, shown in ((["run", "--help"], ()), (["run", "vldd", "--help"], ("vldd",)), (["run", "--help", "dsdm"], ("dsdm",))):
+        with pytest.raises(SystemExit) as stop: main(words)
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and [p for p in PAPERS if f"parameters of {p}:" in text] == list(shown)
+        assert all(f"ddrepro run {p} --help" in text for p in PAPERS) == (not shown)
