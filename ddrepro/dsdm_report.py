@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'ROWS', 'CONTROLS', 'ABLATION', 'NETS', 'CORESETS', 'TUNED', 'PROFILES', 'TABLES', 'FIGURES',
            'DEFAULT_SETS', 'PAPER_SETS', 'CLAIMS', 'ABLATION_CLAIMS', 'BEST', 'tuned_rate', 'DSDMSettings',
-           'settings_of', 'wanted', 'Cell', 'known', 'control_cells', 'result_cells', 'cross_cells', 'ablation_cells',
-           'progress_cells', 'sweep_cells', 'shown_cells', 'cells_of', 'check_request', 'run_cells', 'shown_runs',
-           'trained_pool', 'claims_of', 'differences', 'differs_box']
+           'settings_of', 'wanted', 'Cell', 'known', 'control_cells', 'result_cells', 'in_steps', 'cross_cells',
+           'ablation_cells', 'progress_cells', 'sweep_cells', 'shown_cells', 'cells_of', 'check_request', 'run_cells',
+           'shown_runs', 'trained_pool', 'claims_of', 'differences', 'differs_box']
 
 # %% ../nbs/81_dsdm_report.ipynb #cell-003
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,7 @@ from .moments import resolve_compute
 from .papers import published
 from .share import choose
 from .statistics import compare
-from .training import Recipe, dc_recipe, idc_recipe
+from .training import Recipe, dc_recipe, get_recipe, idc_recipe
 
 # %% ../nbs/81_dsdm_report.ipynb #cell-006
 METHODS = {"Random": "random", "Herding": "herding", "K-Center": "kcenter", "DD": "dd", "DC": "dc", "DSA": "dsa", "CAFE": "cafe", "CAFE+DSA": "cafe_dsa",
@@ -64,7 +64,7 @@ class DSDMSettings:
     pool_epochs: int = 20
     pool_batch: int = 256
     epochs: int = 1500            # of evaluation by DSDM's recipe
-    cross_epochs: int = None      # of other architectures than the ConvNet; default the same
+    cross_steps: int = None       # update steps of one network of another architecture than the ConvNet; default as the ConvNets
     seeds: int = 5
     eval_seeds: int = 1
     part: str = "test"
@@ -96,7 +96,7 @@ class DSDMSettings:
 PROFILES = {   # what `profile` stands for; most numbers can be overridden by their own parameters
     "test":  dict(width=8, iterations=4, batch=16, models=2, pool_epochs=1, pool_batch=64, epochs=2, seeds=1, eval_seeds=1, points=2, nets=("ConvNet-3", "ResNet-10"),
                   ipc={"image": [2], "sound": [2]}, sweeps=dict(pool_epochs=[1, 2], models=[1, 2], lambda_sd=[0.01, 50.], lambda_h=[0., .2])),
-    "quick": dict(width=16, iterations=100, batch=64, models=5, pool_epochs=10, pool_batch=32, epochs=60, cross_epochs=10, seeds=1, eval_seeds=2, points=5,
+    "quick": dict(width=16, iterations=100, batch=64, models=5, pool_epochs=10, pool_batch=32, epochs=60, cross_steps=40, seeds=1, eval_seeds=2, points=5,
                   nets=tuple(NETS), ipc={"image": [1, 10], "sound": [10, 20]},
                   sound=dict(iterations=40, batch=32, epochs=40), sweeps=dict(pool_epochs=[1, 5, 10], models=[1, 3, 5], lambda_sd=[0.01, 10., 50., 100.], lambda_h=[0., .2, 2.])),
     "paper": dict(width=128, iterations=10_000, batch=256, models=10, pool_epochs=20, pool_batch=256, epochs=1500, seeds=5, eval_seeds=1, points=10,
@@ -113,7 +113,7 @@ def settings_of(params: dict, real) -> DSDMSettings:
     if real.signals: p = p | p.get("sound", {})
     value = lambda name: params.get(name) or p[name]
     return DSDMSettings(real.name, len(real.classes), bool(real.signals), p["width"], value("iterations"), p["batch"], value("models"), value("pool_epochs"), p["pool_batch"],
-                        value("epochs"), p.get("cross_epochs"), value("seeds"), value("eval_seeds"), own_recipes=params["own_recipes"])
+                        value("epochs"), p.get("cross_steps"), value("seeds"), value("eval_seeds"), own_recipes=params["own_recipes"])
 
 def wanted(params: dict) -> tuple:
     "(tables, figures) of a request: all where none is named"
@@ -152,6 +152,12 @@ def result_cells(s: DSDMSettings, table: int, ipcs: list, rows=None, controls=Fa
     return cells
 
 # %% ../nbs/81_dsdm_report.ipynb #cell-011
+def in_steps(e: Experiment, s: DSDMSettings) -> Experiment:
+    "An experiment with one network, trained for about `cross_steps` steps whatever the number of its samples"
+    recipe = get_recipe(e.recipe)
+    steps = -(-s.classes * e.method.ipc * e.method.factor ** 2 // recipe.batch)
+    return replace(e, eval_seeds=1, recipe=stretched(recipe, max(1, round(s.cross_steps / steps))))
+
 def cross_cells(s: DSDMSettings, ipc: int, nets, rows=None) -> list:
     "Table 3: sets distilled with the ConvNet, scored by other architectures"
     cells = []
@@ -159,7 +165,7 @@ def cross_cells(s: DSDMSettings, ipc: int, nets, rows=None) -> list:
         for net in nets:
             for k in range(s.seeds):
                 e = s.experiment(METHODS[name], ipc, name, k)
-                if NETS[net] != "convnet" and s.cross_epochs: e = replace(e, recipe=stretched(e.recipe, s.cross_epochs))
+                if NETS[net] != "convnet" and s.cross_steps: e = in_steps(e, s)
                 elif net == "DenseNet-121" and ipc >= 50 and e.method.factor > 1: e = replace(e, recipe=stretched(e.recipe, min(400, s.epochs)))
                 cells.append(Cell("Table 3", replace(e, net=NETS[net]), dict(architecture=net)))
     return cells
@@ -268,7 +274,7 @@ def differences(s: DSDMSettings, real, methods=("dm", "dsdm")) -> list:
                (("width", "width {}"), ("iterations", "{} iterations"), ("batch", "real batches of {}"), ("models", "a pool of {} networks"), ("pool_epochs", "pre-trained for {} epochs"),
                 ("pool_batch", "in batches of {}"), ("epochs", "evaluation for {} epochs")) if getattr(s, what) != p[what]]
     if (s.seeds, s.eval_seeds) != (p["seeds"], p["eval_seeds"]): numbers.append(f"{s.seeds} × {s.eval_seeds} seeds, distillation × evaluation (paper {p['seeds']} × {p['eval_seeds']})")
-    if s.cross_epochs: numbers.append(f"other architectures trained for {s.cross_epochs} epochs")
+    if s.cross_steps: numbers.append(f"other architectures trained for about {s.cross_steps} steps, one network for each set")
     if numbers: found.append(f"{real.name}: {', '.join(numbers)}.")
     rates = {name: i for (d, name), i in TUNED.items() if d == s.dataset and name in methods}
     for name, by_ipc in rates.items(): found.append(f"{real.name}: the rate of {name} is " + ", ".join(f"{r:g} from IPC {i}" for i, r in by_ipc.items()) + ", tuned on validation.")

@@ -67,7 +67,7 @@ class VLDDConfiguration(DualFields, Method):
     @classmethod
     def defaults(cls, dataset, ipc): return ({} if dataset in ("flickr30k", "coco") else SMALL) | pair_settings(dataset)
 
-SMALL = dict(width=16, experts=5, expert_captions=1, iterations=60, max_start=3, span=1, alpha=0.05, lr_image=300., lr_text=10., lr_rate=1e-4)
+SMALL = dict(width=16, experts=5, expert_captions=1, iterations=45, max_start=3, span=1, alpha=0.05, lr_image=300., lr_text=10., lr_rate=1e-4)
 
 # %% ../../nbs/54_vldd.ipynb #cell-010
 LEARNED = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
