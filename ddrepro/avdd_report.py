@@ -81,7 +81,7 @@ def check_request(params: dict):
     return real
 
 # %% ../nbs/73_avdd_report.ipynb #cell-014
-def differences(settings: Settings, real) -> list:
+def differences(settings: Settings, real, names=()) -> list:
     "Sentences, one a difference; what nobody published is among them even in the paper profile"
     p, found = PROFILES["paper"], []
     if published("avdd", dataset=real.name).empty:
@@ -94,6 +94,10 @@ def differences(settings: Settings, real) -> list:
     for name in ("dm", "avdd"):
         rate = tuned(settings.dataset, name, settings.ipc)
         if rate: found.append(f"The rate of {name} is {rate['lr']:g}, tuned on validation, instead of 0.2.")
+    if "MTT" in names:
+        own = settings.configured("mtt")
+        found.append(f"The paper prints no settings of MTT. Here each sense has {own.experts} experts of {own.expert_epochs} epochs, students of {own.steps} steps against {own.span} epoch(s) of an expert, "
+                     f"and rates of {own.lr:g} for the samples and {own.lr_rate:g} for the learned rate, which evaluation uses.")
     if real.strategy != "color_crop_cutout_flip_scale_rotate": found.append("Augmentation does not flip, because a flipped digit is another sign.")
     found.append(f"Validation, {len(real.validation):,} pairs, was carved from the training part; the authors train on all of it. Herding lists are computed here, for every distillation seed; "
                  "the authors use one list whose networks are not published. The whole data train without augmentation, which the paper does not say.")
@@ -106,8 +110,8 @@ def box(title: str, sentences: list, kind="warning") -> HTML:
     items = "".join(f"<li>{html.escape(s)}</li>" for s in sentences)
     return HTML(f'<div class="callout callout-{kind}"><p><strong>{html.escape(title)}</strong></p><ul>{items}</ul></div>')
 
-def differs_box(settings: Settings, real) -> HTML:
-    found = differences(settings, real)
+def differs_box(settings: Settings, real, names=()) -> HTML:
+    found = differences(settings, real, names)
     return box("In these points this run differs from the paper", found)
 
 # %% ../nbs/73_avdd_report.ipynb #cell-017

@@ -6,9 +6,9 @@
 __all__ = ['TRAJECTORY_WAYS', 'CHANGES', 'BENCHES', 'in_turns', 'table', 'differences', 'noise_data', 'plain_features',
            'plain_iteration', 'iteration', 'compute_kinds', 'prepared', 'fill_store', 'stored_iterations',
            'bench_matching', 'direct_covariance', 'bench_covariance', 'plain_dsdm', 'dsdm_run', 'bench_dsdm',
-           'plain_student', 'student_of', 'trajectory_way', 'peak_memory', 'alone', 'bench_trajectory', 'compiled_',
-           'train_changed', 'threads', 'evaluation_jobs', 'together', 'ways_of_evaluating', 'bench_recipes',
-           'bench_quick', 'bench_evaluation', 'bench']
+           'plain_student', 'student_of', 'trajectory_way', 'alone', 'bench_trajectory', 'compiled_', 'train_changed',
+           'threads', 'evaluation_jobs', 'together', 'ways_of_evaluating', 'bench_recipes', 'bench_quick',
+           'bench_evaluation', 'bench_retrieval', 'bench']
 
 # %% ../nbs/77_bench.ipynb #cell-003
 import contextlib, io, json, statistics, tempfile, time
@@ -36,6 +36,7 @@ from .method import Context
 from .methods import get_method
 from .moments import Compute, has_bfloat16, has_compiler, resolve_compute
 from .nets import FusionNet, spec_for
+from .retrieval import measure_retrieval, peak_memory
 from .seeding import keyed_normal
 from .share import choose
 from .training import get_recipe, idc_recipe, new_net, train, training_loss
@@ -223,11 +224,6 @@ def trajectory_way(job: tuple) -> tuple:
         seconds.append(time.perf_counter() - clock)
     return seconds[1:], [x.numpy() for x in found], peak_memory() - before
 
-def peak_memory() -> float:
-    "MiB this process held at most; NaN where the system does not tell"
-    status = Path("/proc/self/status")
-    return next((int(l.split()[1]) / 1024 for l in status.read_text().splitlines() if l.startswith("VmHWM")), float("nan")) if status.exists() else float("nan")
-
 def alone(work: callable, job):
     "`work(job)` in a fresh process"
     with main_hidden(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: return pool.submit(work, job).result()
@@ -316,7 +312,14 @@ def bench_evaluation() -> pd.DataFrame:
     "Evaluation networks of the quick profile and of DSDM's recipe"
     return pd.concat([bench_quick(), bench_recipes()], ignore_index=True)
 
-BENCHES = {"matching": bench_matching, "covariance": bench_covariance, "dsdm": bench_dsdm, "evaluation": bench_evaluation, "trajectory": bench_trajectory}
+def bench_retrieval(images=5000, captions=5, d=768) -> pd.DataFrame:
+    "Recalls of images and captions in blocks, against sorting the whole matrix of similarities"
+    measured = {r["way"]: r for r in measure_retrieval(images, captions, d)}
+    notes = {way: f"peak {r['mebibytes']:,.0f} MiB above the inputs" for way, r in measured.items()}
+    order = sorted(measured, key=lambda way: "sort" not in way)
+    return table(f"recalls of {images:,} images and {images * captions:,} captions, d {d}", {way: measured[way]["seconds"] for way in order}, notes)
+
+BENCHES = {"matching": bench_matching, "covariance": bench_covariance, "dsdm": bench_dsdm, "evaluation": bench_evaluation, "trajectory": bench_trajectory, "retrieval": bench_retrieval}
 
 def bench(names=(), path=None) -> pd.DataFrame:
     "Run measurements by name (default all), print and return their rows; `path` keeps them with the machine's description"

@@ -193,8 +193,9 @@ def measure_once(way: str, images: int, captions: int, d: int) -> dict:
     return dict(way=way, images=images, texts=len(text), d=d, seconds=seconds, mebibytes=peak_memory() - held, scores=scores)
 
 def peak_memory() -> float:
-    "MiB of memory this process has held at most (Linux)"
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    "MiB of memory this process has held at most; NaN where the system does not tell (it does on Linux)"
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
 
 def measure_retrieval(images: int = 5000, captions: int = 5, d: int = 768, ways: tuple = tuple(WAYS)) -> list:
     "`measure_once` of each way, every one in a process of its own"
