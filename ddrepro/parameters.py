@@ -120,7 +120,7 @@ def as_written(
         if isinstance(meant, (int, float)): return f"{value}, which is {type(meant).__name__}"
     return f"{value!r}, which is {type(value).__name__}"
 
-
+# %% ../nbs/75_parameters.ipynb #cell-020
 def read_value(
     parameter: Parameter,  # what is wanted
     value,  # what was given
@@ -137,7 +137,7 @@ def read_value(
             raise TypeError(f"parameter {parameter.name!r} must be {parameter.wanted}; got {as_written(item)}{about}") from None
     return found if many else found[0]
 
-# %% ../nbs/75_parameters.ipynb #cell-022
+# %% ../nbs/75_parameters.ipynb #cell-023
 def check_parameters(
     declared: dict[str, Parameter],  # from declared_parameters
     given: dict,  # values or texts by name, not necessarily of all
@@ -145,7 +145,7 @@ def check_parameters(
     "The given values with their declared types; unknown names and wrong types are refused"
     return {name: read_value(declared[choose("parameter", name, declared)], value) for name, value in given.items()}
 
-# %% ../nbs/75_parameters.ipynb #cell-027
+# %% ../nbs/75_parameters.ipynb #cell-028
 def is_declaration(
     source: str,  # the text of an executed cell
 ) -> bool:

@@ -64,6 +64,7 @@ def recall_cell(cells: pd.DataFrame, printed: dict, row: str, pairs: int, recall
     beside = printed.get((row, str(pairs) if pairs else "whole", recall), "")
     return f"<span>{text}</span>" + f"<br><small>({html.escape(beside)})</small>" * bool(beside)
 
+# %% ../nbs/82_vldd_figures.ipynb #cell-008
 def recall_table(
     rows: pd.DataFrame,               # tidy: row, ipc (pairs; 0: all), modality ("TR R@1", …), accuracy, seed, eval_seed, stale
     order: list,                      # lines, wanted even where there are no rows
@@ -97,7 +98,7 @@ def legend(blocks: dict) -> str:
              *["†: made by an earlier version of the code"] * (STALE in names)]
     return "; ".join(notes)
 
-# %% ../nbs/82_vldd_figures.ipynb #cell-011
+# %% ../nbs/82_vldd_figures.ipynb #cell-012
 SETS = {"flickr30k": "Flickr30K", "coco": "COCO"}
 
 def published_table(printed: pd.DataFrame, pairs: list = ()) -> HTML:
@@ -111,7 +112,7 @@ def published_table(printed: pd.DataFrame, pairs: list = ()) -> HTML:
         blocks[f"{SETS.get(dataset, dataset)}, {amount(n)}"] = [(html.escape(row), [cell(row, m) for m in columns]) for row in block.row.unique()]
     return table_of("Published recall in percent; other data, other networks than this report's", columns, blocks, "as printed")
 
-# %% ../nbs/82_vldd_figures.ipynb #cell-015
+# %% ../nbs/82_vldd_figures.ipynb #cell-016
 def read_out(embeddings: torch.Tensor, bank: torch.Tensor, sentences: list) -> list:
     "For each learned embedding (M, d) the nearest real caption as (sentence, cosine)"
     return [found[0] for found in nearest_sentences(embeddings.float(), bank.float(), sentences)]

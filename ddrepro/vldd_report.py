@@ -92,6 +92,7 @@ class VLSettings:
         made, recipe = self.configured(method, pairs, **changes), None if method == "vldd" else replace(PAIRS_RECIPE, rate=self.rate)
         return Experiment(made, seed=seed, recipe=recipe, epochs=self.epochs, net="same" if net == made.image else net, **shared)
 
+# %% ../nbs/83_vldd_report.ipynb #cell-008
 def whole_data(method) -> dict:
     "Fields of an experiment that trains on everything, as an expert of a method does"
     recipe = replace(PAIR_EXPERT, epochs=method.expert_epochs, rate=method.expert_rate, batch=method.expert_batch, captions_per_epoch=method.expert_captions, augment=method.expert_augment)
@@ -106,7 +107,7 @@ def settings_of(params: dict, real) -> VLSettings:
 
 def wanted(params: dict) -> list: return params["table"] or list(VL_TABLES)
 
-# %% ../nbs/83_vldd_report.ipynb #cell-009
+# %% ../nbs/83_vldd_report.ipynb #cell-010
 @dataclass(frozen=True)
 class Line:
     "A line of a table: what differs from the main setting, or why it cannot be run"
@@ -134,7 +135,7 @@ def lacking(s: VLSettings, changes: dict, random_weights: bool) -> str:
     net = changes.get("net", e["image"])
     return lacking_image(e["image"], s.size, e.get("lora", 0), random_weights) or lacking_image(net, s.size, 0, random_weights) or lacking_text(e["text"])
 
-# %% ../nbs/83_vldd_report.ipynb #cell-010
+# %% ../nbs/83_vldd_report.ipynb #cell-011
 NOT_ASKED = "not in this profile; {} asks for it"
 
 def named_lines(params: dict, table: str) -> dict:
@@ -164,7 +165,7 @@ def unpublished(image: str, size: int) -> bool:
     "Whether an encoder that is published with weights is to be had only without"
     return image not in EMBEDDED and bool(lacking_image(image, size, 0, False))
 
-# %% ../nbs/83_vldd_report.ipynb #cell-012
+# %% ../nbs/83_vldd_report.ipynb #cell-013
 @dataclass(frozen=True)
 class Cell:
     "An experiment and the table of its rows"
@@ -188,7 +189,7 @@ def plan_of(params: dict, real) -> tuple:
     lines = {table: lines_of(params, s, table) for table in wanted(params)}
     return s, lines, cells_of(params, s, lines)
 
-# %% ../nbs/83_vldd_report.ipynb #cell-014
+# %% ../nbs/83_vldd_report.ipynb #cell-015
 def chosen(name: str, values: list, allowed) -> list:
     "The values as they are written in tables, whatever their case; an unknown one is refused"
     known = {n.lower(): n for n in allowed}
@@ -209,6 +210,7 @@ def check_values(params: dict):
     if bool(params["file"]) != (params["dataset"] == "caption_csv"): raise ValueError(f"file={params['file']!r} names the table of the data set caption_csv, and dataset is {params['dataset']!r}: give both, or neither")
     if params["split"] and not params["file"]: raise ValueError(f"split={params['split']!r} names a column of caption_csv's table: give dataset caption_csv and file, or leave split out")
 
+# %% ../nbs/83_vldd_report.ipynb #cell-016
 def load_request(params: dict):
     "The data set of a request, with no more training pictures than asked for"
     name, p = params["dataset"] or DEFAULT_SETS[params["profile"]], PROFILES[params["profile"]]
@@ -235,7 +237,7 @@ def check_seeds(s: VLSettings, cells: list):
     experts = s.configured("vldd", 100).experts
     if chosen and s.seeds > experts: raise ValueError(f"seeds={s.seeds} with {experts} experts: {', '.join(sorted(chosen))} would choose the same pairs twice; use as many experts (-p experts {s.seeds})")
 
-# %% ../nbs/83_vldd_report.ipynb #cell-019
+# %% ../nbs/83_vldd_report.ipynb #cell-021
 def run_cells(cells: list, real, **more) -> tuple:
     "(rows of all cells with their tables, cell → why its distillation diverged); arguments as `experiment.run_each`"
     diverged = {}
@@ -259,6 +261,7 @@ def distilled_cells(cells: list) -> dict:
         if e.method and e.method.name == "vldd" and e.seed == 0 and e.method not in [other.method for other in found.values()]: found[f"{e.label}, {e.method.ipc} pairs"] = e
     return found
 
+# %% ../nbs/83_vldd_report.ipynb #cell-022
 @dataclass(frozen=True)
 class Shown:
     "A run and the set it began with, with the captions nearest to their embeddings"
@@ -288,7 +291,7 @@ def final_values(rows: pd.DataFrame) -> pd.DataFrame:
     own = own[own.ipc.isin([own.ipc.max(), 0])]
     return own.groupby(["row", "modality"], sort=False).accuracy.mean().unstack(sort=False).round(1).reset_index().rename(columns={"row": "line"}).rename_axis(columns=None)
 
-# %% ../nbs/83_vldd_report.ipynb #cell-021
+# %% ../nbs/83_vldd_report.ipynb #cell-024
 CLAIMS = {"baselines": tuple(("Distilled", b) for b in BASELINES), "modality": (("Both", "Text alone (T)"), ("Both", "Image alone (I)")),
           "lora": (("SmallViT + LoRA", "SmallViT"), ("ViT-Tiny + LoRA", "ViT-Tiny")),
           "initialisation": tuple(("Real images, real texts", f"{i} images, {t} texts") for i, t in (("Real", "noise"), ("Noise", "real"), ("Noise", "noise")))}
@@ -301,7 +304,7 @@ def claims_of(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     found["p_holm"] = holm(found.p)
     return found.assign(verdict=[verdict(r.difference, r.low, r.high, r.p_holm, r.seeds) for r in found.itertuples()])
 
-# %% ../nbs/83_vldd_report.ipynb #cell-024
+# %% ../nbs/83_vldd_report.ipynb #cell-027
 def printed(table: str, dataset: str = None) -> pd.DataFrame:
     "What the paper prints for a table, of one data set or of all"
     rows = published("vl", dataset=dataset)
@@ -312,7 +315,7 @@ def sources_of(table: str, dataset: str) -> list:
     rows = printed(table, dataset)
     return list(dict.fromkeys(piece for source in (rows if len(rows) else printed(table)).source for piece in source.split("; ")))
 
-# %% ../nbs/83_vldd_report.ipynb #cell-027
+# %% ../nbs/83_vldd_report.ipynb #cell-030
 def differences(params: dict, s: VLSettings, real, lines: dict) -> list:
     "Sentences, one a difference to the paper"
     p, found = PROFILES["paper"], []

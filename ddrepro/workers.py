@@ -56,6 +56,7 @@ def interrupts_held():
 
 def worker_count() -> int: return int(os.environ.get("DDREPRO_WORKERS") or len(os.sched_getaffinity(0)))
 
+# %% ../nbs/17_workers.ipynb #cell-010
 def prepare_worker():
     "One thread, memory kept between steps, an interrupt left to the process that asked, and an end when that one ends"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -71,7 +72,7 @@ def leave_with_parent():
 
 LARGEST_JOB = 2**28   # bytes worth sending to a process; work on larger data is done where they lie
 
-# %% ../nbs/17_workers.ipynb #cell-010
+# %% ../nbs/17_workers.ipynb #cell-011
 def side_by_side(
     work: callable,        # function of a module, of one argument
     jobs: list,            # its arguments
