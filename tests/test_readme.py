@@ -8,6 +8,8 @@ from ddrepro.evaluate import summarise
 from ddrepro.papers import MTT_CLAIMS
 from ddrepro.share import project_root
 from ddrepro.statistics import compare
+from ddrepro.vldd_figures import RECALLS
+from ddrepro.vldd_report import CLAIMS, claims_of
 
 ROOT = project_root()
 pytestmark = pytest.mark.skipif(ROOT is None, reason="the README and the committed rows belong to a checkout")
@@ -65,3 +67,31 @@ def test_mtt_table():
             found = compare(own, MTT_CLAIMS, "image").set_index(["a", "b"]).loc[tuple(row.split(" − "))]
             assert text == f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}] {found.verdict}", (row, ipc)
     assert len(rows) == 8
+
+
+def recalls(file, pairs):
+    "Mean ± std of every line and recall of a report's rows, as the README prints them; a line that several tables share counts once"
+    kept = pd.read_csv(ROOT / f"reports/{file}.csv").drop_duplicates(["row", "ipc", "modality", "seed", "eval_seed"])
+    kept = kept[kept.ipc.isin([0, pairs])]
+    return {key: f"{own.accuracy.mean():.1f} ± {own.accuracy.std(ddof=0):.1f}" if len(own) > 1 else f"{own.accuracy.mean():.1f}" for key, own in kept.groupby(["row", "modality"])}
+
+
+@pytest.mark.parametrize("title, file, pairs", [("digit_scenes, 100 pairs", "vldd_digit_scenes", 100), ("flickr8k at 64 px, 100 pairs", "vldd_flickr8k", 100),
+                                                ("flickr8k at 64 px, 200 pairs", "vldd_flickr8k", 200)])
+def test_vl_recalls(title, file, pairs):
+    head, rows = next((h, r) for h, r in readme_tables() if h[0] == title)
+    kept = recalls(file, pairs)
+    assert tuple(head[1:]) == RECALLS and {"Random", "Herding", "K-Center", "Forgetting", "Distilled", "Whole data"} <= {row for row, *_ in rows}
+    for row, *cells in rows:
+        assert cells == [kept[row, m] for m in RECALLS], row
+
+
+def test_vl_differences():
+    _, rows = next((h, r) for h, r in readme_tables() if h[0] == "difference in R@1")
+    kept = pd.read_csv(ROOT / "reports/vldd_digit_scenes.csv")
+    found = pd.concat([claims_of(kept[kept.place == table], table) for table in ("baselines", "modality")]).set_index(["a", "b", "modality"])
+    assert len(rows) == len(CLAIMS["baselines"]) + len(CLAIMS["modality"])
+    for pair, *cells in rows:
+        for m, text in zip(("TR R@1", "IR R@1"), cells):
+            r = found.loc[(*pair.split(" − "), m)]
+            assert text == f"{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}] {r.verdict}", (pair, m)
