@@ -19,6 +19,56 @@ from .seeding import isolated_rng
 from .share import choose
 
 # %% ../nbs/10_nets.ipynb #cell-008
+class _Normalise(torch.autograd.Function):
+    "(normalised images, mean and 1/deviation of every channel), by torch's kernel"
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, eps): return torch.native_group_norm(x.contiguous(), weight, bias, *_extent(x), x.shape[1], eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+
+    @staticmethod
+    def backward(ctx, g, *_): return *_NormaliseBack.apply(g, *ctx.saved_tensors), None
+
+def _extent(x) -> tuple: return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+def _combined(constant, *terms):
+    "constant + Σ factor · image, with a constant and factors a channel"
+    total = constant[..., None]
+    for image, factor in terms: total = torch.addcmul(total, image, factor[..., None])
+    return total
+
+# %% ../nbs/10_nets.ipynb #cell-009
+class _NormaliseBack(torch.autograd.Function):
+    "The kernel's gradients, which can be differentiated once more in a few passes"
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g, x, weight, mean, r):
+        return torch.ops.aten.native_group_norm_backward(g.contiguous(), x.contiguous(), mean, r, weight, *_extent(x), x.shape[1], [True] * 3)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, a, a_weight, a_bias):
+        g, x, weight, mean, r = ctx.saved_tensors
+        G, X, A = (t.reshape(*t.shape[:2], -1) for t in (g, x, a))
+        inner = lambda p, q: torch.einsum("ncp,ncp->nc", p, q) / X.shape[2]
+        mean_g, mean_a, w = G.mean(2), A.mean(2), weight * r
+        along_g, along_a = (r * (inner(t, X) - mean * m) for t, m in ((G, mean_g), (A, mean_a)))     # ⟨g x̂⟩, ⟨a x̂⟩
+        rest, u = inner(A, G) - mean_a * mean_g - along_g * along_a, a_weight - w * along_a
+        v = r * r * (w * (along_g * along_a - rest) - u * along_g)
+        to_g = _combined(a_bias - w * mean_a - r * u * mean, (A, w), (X, r * u))
+        to_x = _combined(r * (w * along_g * mean_a - u * mean_g) - v * mean, (G, r * u), (A, -r * w * along_g), (X, v))
+        return to_g.view(x.shape), to_x.view(x.shape), (r * rest).sum(0) * X.shape[2], None, None
+
+# %% ../nbs/10_nets.ipynb #cell-010
 class InstanceNorm(nn.Module):
     "Per-sample, per-channel normalisation with affine parameters; equal to GroupNorm(channels, channels)"
     def __init__(self, channels, eps=1e-5):
@@ -28,12 +78,14 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        if not torch.compiler.is_compiling(): return F.group_norm(x, x.shape[1], self.weight, self.bias, self.eps)
-        var, mean = torch.var_mean(x, dim=(-2, -1), correction=0, keepdim=True)
-        scale = self.weight[:, None, None] * torch.rsqrt(var + self.eps)
-        return x * scale + (self.bias[:, None, None] - mean * scale)
+        if torch.compiler.is_compiling():
+            var, mean = torch.var_mean(x, dim=(-2, -1), correction=0, keepdim=True)
+            scale = self.weight[:, None, None] * torch.rsqrt(var + self.eps)
+            return x * scale + (self.bias[:, None, None] - mean * scale)
+        if x.dtype not in (torch.float32, torch.float64): return F.group_norm(x, x.shape[1], self.weight, self.bias, self.eps)
+        return _Normalise.apply(x, self.weight, self.bias, self.eps)[0]
 
-# %% ../nbs/10_nets.ipynb #cell-011
+# %% ../nbs/10_nets.ipynb #cell-014
 class _Halve(torch.autograd.Function):
     "Mean of every 2×2 square; a last odd row or column is left out"
     generate_vmap_rule = True
@@ -70,14 +122,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _Halve.apply(g), None, None
 
-# %% ../nbs/10_nets.ipynb #cell-012
+# %% ../nbs/10_nets.ipynb #cell-015
 class HalfPool(nn.Module):
     "Average pooling 2×2 with stride 2"
     def forward(self, x):
         if torch.compiler.is_compiling() or x.is_cuda or x.dtype not in (torch.float32, torch.float64): return F.avg_pool2d(x, 2)
         return _Halve.apply(x)
 
-# %% ../nbs/10_nets.ipynb #cell-015
+# %% ../nbs/10_nets.ipynb #cell-018
 NORMS = {"instance": InstanceNorm, "batch": nn.BatchNorm2d, "none": lambda c: nn.Identity(),
          "group": lambda c: nn.GroupNorm(4, c), "layer": lambda c: nn.GroupNorm(1, c)}
 
@@ -104,7 +156,7 @@ class NetSpec:
             raise ValueError(f"{self.kind} has depth {published['depth']} and pool_to 0, got depth {self.depth} and pool_to {self.pool_to}; "
                              "only a convnet has others")
 
-# %% ../nbs/10_nets.ipynb #cell-018
+# %% ../nbs/10_nets.ipynb #cell-021
 def block(channels_in: int, width: int, padding: int, norm: str, pool: nn.Module) -> nn.Sequential:
     "Convolution 3×3, normalisation, ReLU, pooling"
     return nn.Sequential(nn.Conv2d(channels_in, width, 3, padding=padding), NORMS[norm](width), nn.ReLU(inplace=True), pool)
@@ -134,7 +186,7 @@ def _side(spec, shape, axis):
     if side < 1: raise ValueError(f"depth {spec.depth} leaves nothing of an input of shape {tuple(shape)}; use a smaller depth")
     return side
 
-# %% ../nbs/10_nets.ipynb #cell-025
+# %% ../nbs/10_nets.ipynb #cell-028
 def conv(channels_in: int, channels: int, side: int, stride: int = 1) -> nn.Conv2d:
     "A convolution without bias that keeps the sides, or halves them with stride 2"
     return nn.Conv2d(channels_in, channels, side, stride, padding=side // 2, bias=False)
@@ -168,7 +220,7 @@ class ResNet10(nn.Module):
 
     def forward(self, x): return self.stages(self.stem(x)).mean((2, 3))
 
-# %% ../nbs/10_nets.ipynb #cell-031
+# %% ../nbs/10_nets.ipynb #cell-034
 DENSE_BLOCKS = (6, 12, 24, 16)
 
 class DenseLayer(nn.Module):
@@ -202,7 +254,7 @@ class DenseNet121(nn.Module):
 
     def forward(self, x): return self.layers(x).mean((2, 3))
 
-# %% ../nbs/10_nets.ipynb #cell-035
+# %% ../nbs/10_nets.ipynb #cell-038
 NETS = {"convnet": ConvNet, "resnet10": ResNet10, "densenet121": DenseNet121}
 
 def build(spec: NetSpec, shape: tuple) -> nn.Module:
@@ -229,7 +281,7 @@ def make_net(spec: NetSpec, shape: tuple, seed: int, stream: str, *indices) -> n
     "A network whose initial parameters belong to a key"
     with isolated_rng(seed, stream, *indices): return build(spec, shape)
 
-# %% ../nbs/10_nets.ipynb #cell-038
+# %% ../nbs/10_nets.ipynb #cell-041
 class Ensemble(nn.Module):
     "One linear head a branch; logits are a mapping modality → (N, classes)"
     def __init__(self, widths: dict, classes: int):
@@ -266,7 +318,7 @@ def same_width(what: str, widths: dict):
     if len(set(widths.values())) > 1:
         raise ValueError(f"{what} needs equal feature widths, got " + " and ".join(f"{m} {d}" for m, d in widths.items()))
 
-# %% ../nbs/10_nets.ipynb #cell-040
+# %% ../nbs/10_nets.ipynb #cell-043
 class LinearHead(nn.Module):
     "The one linear head of a single modality, as the framework initialises it (DC and IDC families)"
     def __init__(self, widths, classes):
@@ -277,7 +329,7 @@ class LinearHead(nn.Module):
 
     def forward(self, maps): return {self.modality: self.head(maps[self.modality].flatten(1))}
 
-# %% ../nbs/10_nets.ipynb #cell-043
+# %% ../nbs/10_nets.ipynb #cell-046
 class Attention(nn.Module):
     "Audio-guided visual attention over the positions of the last visual map, then a linear head"
     def __init__(self, widths, classes, channels=128):
@@ -296,7 +348,7 @@ class Attention(nn.Module):
 
 FUSIONS = {"ensemble": Ensemble, "concat": Concat, "sum": Sum, "attention": Attention, "linear": LinearHead}
 
-# %% ../nbs/10_nets.ipynb #cell-044
+# %% ../nbs/10_nets.ipynb #cell-047
 class FusionNet(nn.Module):
     "Branches and a fusion head; `forward` gives a mapping of logits"
     def __init__(self, specs: dict, shapes: dict, classes: int, fusion: str = "ensemble"):
