@@ -6,9 +6,9 @@
 __all__ = ['TRAJECTORY_WAYS', 'CHANGES', 'BENCHES', 'in_turns', 'table', 'differences', 'noise_data', 'plain_features',
            'plain_iteration', 'iteration', 'compute_kinds', 'prepared', 'fill_store', 'stored_iterations',
            'bench_matching', 'direct_covariance', 'bench_covariance', 'plain_dsdm', 'dsdm_run', 'bench_dsdm',
-           'plain_student', 'student_of', 'trajectory_way', 'alone', 'bench_trajectory', 'compiled_', 'train_changed',
-           'threads', 'evaluation_jobs', 'together', 'ways_of_evaluating', 'bench_recipes', 'bench_quick',
-           'bench_evaluation', 'bench_retrieval', 'bench']
+           'plain_student', 'student_of', 'trajectory_way', 'bench_trajectory', 'compiled_', 'train_changed', 'threads',
+           'evaluation_jobs', 'together', 'ways_of_evaluating', 'bench_recipes', 'bench_quick', 'bench_evaluation',
+           'bench_retrieval', 'bench']
 
 # %% ../nbs/77_bench.ipynb #cell-003
 import contextlib, io, json, statistics, tempfile, time
@@ -210,36 +210,33 @@ def student_of(width: int, samples: int, shape: tuple) -> tuple:
     return lambda vectors, inputs, step: training_loss(run_flat(net, layout, vectors["net"], inputs), labels), flatten(net)
 
 def trajectory_way(job: tuple) -> tuple:
-    "(seconds of every round, the gradients, peak MiB above the empty process) of one way, for a process of its own"
-    adjoint, keep, steps, rounds, width, samples, shape = job
+    "(seconds, the gradients, peak MiB above the empty process) of one way, for a process of its own"
+    adjoint, steps, width, samples, shape = job
     torch.set_num_threads(1)
-    if keep: keep_freed_memory()
-    (loss, start), before, seconds = student_of(width, samples, shape), peak_memory(), []
-    for _ in range(rounds + 1):
-        S, rate = keyed_normal((samples, *shape), 0, "bench/S").requires_grad_(), torch.tensor(.01, requires_grad=True)
-        clock = time.perf_counter()
-        if adjoint: last = unroll(loss, {"net": start}, {"net": rate}, {"image": S}, steps)["net"]
-        else: last = plain_student(loss, start, rate, {"image": S}, steps)
-        found = torch.autograd.grad(trajectory_loss(last, start, start + .01), [S, rate])
-        seconds.append(time.perf_counter() - clock)
-    return seconds[1:], [x.numpy() for x in found], peak_memory() - before
-
-def alone(work: callable, job):
-    "`work(job)` in a fresh process"
-    with main_hidden(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: return pool.submit(work, job).result()
+    keep_freed_memory()
+    (loss, start), before = student_of(width, samples, shape), peak_memory()
+    S, rate = keyed_normal((samples, *shape), 0, "bench/S").requires_grad_(), torch.tensor(.01, requires_grad=True)
+    clock = time.perf_counter()
+    if adjoint: last = unroll(loss, {"net": start}, {"net": rate}, {"image": S}, steps)["net"]
+    else: last = plain_student(loss, start, rate, {"image": S}, steps)
+    found = torch.autograd.grad(trajectory_loss(last, start, start + .01), [S, rate])
+    return time.perf_counter() - clock, [x.numpy() for x in found], peak_memory() - before
 
 # %% ../nbs/77_bench.ipynb #cell-023
-TRAJECTORY_WAYS = {"plain graph": (False, False), "plain graph, freed memory kept": (False, True), "adjoint, freed memory kept": (True, True)}
+TRAJECTORY_WAYS = {"plain graph": False, "adjoint": True}
 
-def bench_trajectory(rounds=3, steps=(5, 80), width=64, samples=50, shape=(3, 32, 32)) -> pd.DataFrame:
+def bench_trajectory(rounds=5, steps=(5, 80), width=64, samples=50, shape=(3, 32, 32)) -> pd.DataFrame:
     "Gradients through an unrolled student: the whole graph against the adjoint, with peak memory"
     from ddrepro.bench import trajectory_way        # by its module's name, for the new process
     tables = []
     for n in steps:
-        given = {name: alone(trajectory_way, (*way, n, rounds, width, samples, shape)) for name, way in TRAJECTORY_WAYS.items()}
-        exact = next(iter(given.values()))[1][0]
-        notes = {name: f"peak {peak:,.0f} MiB, gradient differs by {np.linalg.norm(g[0] - exact) / np.linalg.norm(exact):.1e}" for name, (_, g, peak) in given.items()}
-        tables.append(table(f"{n} steps, width {width}, batch {samples}", {name: statistics.median(s) for name, (s, *_) in given.items()}, notes))
+        with contextlib.ExitStack() as stack, main_hidden():
+            pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in TRAJECTORY_WAYS}
+            ways = {name: (lambda p=pool, job=(TRAJECTORY_WAYS[name], n, width, samples, shape): p.submit(trajectory_way, job).result()) for name, pool in pools.items()}
+            seconds, given = in_turns(ways, rounds)
+        exact = given["plain graph"][1][0]
+        notes = {name: f"first {first:.1f} s, peak {peak:,.0f} MiB, gradient differs by {np.linalg.norm(g[0] - exact) / np.linalg.norm(exact):.1e}" for name, (first, g, peak) in given.items()}
+        tables.append(table(f"{n} steps, width {width}, batch {samples}", seconds, notes))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/77_bench.ipynb #cell-026
@@ -314,10 +311,9 @@ def bench_evaluation() -> pd.DataFrame:
 
 def bench_retrieval(images=5000, captions=5, d=768) -> pd.DataFrame:
     "Recalls of images and captions in blocks, against sorting the whole matrix of similarities"
-    measured = {r["way"]: r for r in measure_retrieval(images, captions, d)}
+    measured = {r["way"]: r for r in measure_retrieval(images, captions, d, ("sorted", "tiles"))}
     notes = {way: f"peak {r['mebibytes']:,.0f} MiB above the inputs" for way, r in measured.items()}
-    order = sorted(measured, key=lambda way: "sort" not in way)
-    return table(f"recalls of {images:,} images and {images * captions:,} captions, d {d}", {way: measured[way]["seconds"] for way in order}, notes)
+    return table(f"recalls of {images:,} images and {images * captions:,} captions, d {d}", {way: r["seconds"] for way, r in measured.items()}, notes)
 
 BENCHES = {"matching": bench_matching, "covariance": bench_covariance, "dsdm": bench_dsdm, "evaluation": bench_evaluation, "trajectory": bench_trajectory, "retrieval": bench_retrieval}
 
