@@ -137,11 +137,10 @@ def finding(settings: Settings, real, store=None) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["what", "measured", "bound"])
     return table.assign(holds=table.measured <= table.bound)
 
-@torch.no_grad()
 def start_means(method, real, compute, store) -> list:
     "Real and synthetic means of iteration 0: audio, image, audio, image"
-    context, S = started(method, real, compute, store)
-    found, synthetic = method.class_means(context, S, 0)
+    context, S = started(method, real, compute, store)     # may train the coreset's embedding network
+    with torch.no_grad(): found, synthetic = method.class_means(context, S, 0)
     return [x.detach() for x in (found["audio"], found["image"], synthetic["audio"], synthetic["image"])]
 
 def first_gradient(method, real, compute, store) -> torch.Tensor:

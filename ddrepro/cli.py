@@ -66,9 +66,10 @@ def run_paper(
     with this_interpreter():
         papermill.execute_notebook(str(notebook), str(target), parameters=params, progress_bar=sys.stderr.isatty(), cwd=str(Path.cwd()), kernel_name=KERNEL)
     rows, table = tagged_output(target, "rows"), folder / f"{name}.csv"
-    table.unlink(missing_ok=True)        # an earlier run's rows never stand beside this report
     report = render(target, folder / f"{name}.html")
-    if not rows: return report, "", absent_lines(target)
+    if not rows:
+        table.unlink(missing_ok=True)    # an earlier run's rows never stand beside this report
+        return report, "", absent_lines(target)
     write_atomic(table, (rows + "\n").encode())
     return report, tagged_output(target, "final-table"), []
 

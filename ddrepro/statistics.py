@@ -44,9 +44,11 @@ def verdict(difference, low, high, p_holm, seeds, alpha=0.05) -> str:
     decided = p_holm < alpha if seeds >= 5 else (low > 0 or high < 0)
     return ("holds" if difference > 0 else "fails") if decided else "undecided"
 
-def compare(rows: pd.DataFrame, claims: list, modality: str = "AV") -> pd.DataFrame:
-    "Every claim 'a is better than b' of one table, corrected together"
-    found = pd.DataFrame([paired_difference(rows, a, b, modality) for a, b in claims])
+def compare(rows: pd.DataFrame, claims: list, modality="AV") -> pd.DataFrame:
+    "Every claim 'a is better than b' of one table, in one modality or in each of several, corrected together; empty without claims"
+    several = [modality] if isinstance(modality, str) else modality
+    found = pd.DataFrame([paired_difference(rows, a, b, m) for m in several for a, b in claims])
+    if not len(found): return found
     found["p_holm"] = holm(found.p)
     found["verdict"] = [verdict(r.difference, r.low, r.high, r.p_holm, r.seeds) for r in found.itertuples()]
     return found

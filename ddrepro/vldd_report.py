@@ -29,7 +29,7 @@ from .pair_training import PAIR_EXPERT, PAIRS_RECIPE
 from .papers import VL_ENCODERS, VL_PRINTED, VL_TABLES, published
 from .seeding import keyed_choice
 from .share import choose
-from .statistics import holm, paired_difference, verdict
+from .statistics import compare
 from .vldd_figures import read_out
 
 # %% ../nbs/83_vldd_report.ipynb #cell-006
@@ -299,10 +299,7 @@ CLAIMS = {"baselines": tuple(("Distilled", b) for b in BASELINES), "modality": (
 def claims_of(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     "The claims of a table that its rows allow, at one number of pairs; empty where there is none"
     there = set(rows.row)
-    found = pd.DataFrame([paired_difference(rows, a, b, m) for m in ("TR R@1", "IR R@1") for a, b in CLAIMS.get(table, ()) if {a, b} <= there])
-    if not len(found): return found
-    found["p_holm"] = holm(found.p)
-    return found.assign(verdict=[verdict(r.difference, r.low, r.high, r.p_holm, r.seeds) for r in found.itertuples()])
+    return compare(rows, [(a, b) for a, b in CLAIMS.get(table, ()) if {a, b} <= there], ("TR R@1", "IR R@1"))
 
 # %% ../nbs/83_vldd_report.ipynb #cell-027
 def printed(table: str, dataset: str = None) -> pd.DataFrame:

@@ -66,6 +66,14 @@ def test_runs_are_kept_and_second_run_reads_them(report):
     assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/certificate.txt")} == certificates
 
 
+def test_rows_of_the_papers_table_that_the_default_leaves_out(tmp_path):
+    "MTT beside the random choice, in a report that distils nothing else and has an embedding network to train"
+    command = [sys.executable, "-c", "import sys; from ddrepro.cli import main; sys.exit(main())", "run", "avdd"]
+    done = run([*command, "-p", "profile", "test", "-p", "ipc", "1", "-p", "methods", "random", "mtt", "-p", "controls", "false"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"^ *Random ", done.stdout, re.M) and re.search(r"^ *MTT ", done.stdout, re.M) and "AVDD" not in done.stdout
+
+
 @pytest.mark.parametrize("wrong, words", [
     (["-p", "icp", "3"], "'ipc'"), (["-p", "ipc", "ten"], "ipc"), (["-p", "ipc", "0"], "ipc must be at least 1, got 0"),
     (["-p", "dataset", "digits_aw"], "'digits_av'"), (["-p", "ipc", "28"], "ipc can be at most 27")])
