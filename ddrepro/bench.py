@@ -6,9 +6,9 @@
 __all__ = ['TRAJECTORY_WAYS', 'CHANGES', 'BENCHES', 'in_turns', 'table', 'differences', 'noise_data', 'plain_features',
            'plain_iteration', 'iteration', 'compute_kinds', 'prepared', 'fill_store', 'stored_iterations',
            'bench_matching', 'direct_covariance', 'bench_covariance', 'plain_dsdm', 'dsdm_run', 'bench_dsdm',
-           'plain_student', 'student_of', 'trajectory_way', 'bench_trajectory', 'compiled_', 'train_changed', 'threads',
-           'evaluation_jobs', 'together', 'ways_of_evaluating', 'bench_recipes', 'bench_quick', 'bench_evaluation',
-           'bench_retrieval', 'bench']
+           'plain_student', 'with_torchs_layers', 'student_of', 'trajectory_way', 'bench_trajectory', 'against_adjoint',
+           'compiled_', 'train_changed', 'threads', 'evaluation_jobs', 'together', 'ways_of_evaluating',
+           'bench_recipes', 'bench_quick', 'bench_evaluation', 'bench_retrieval', 'bench']
 
 # %% ../nbs/77_bench.ipynb #cell-003
 import contextlib, io, json, statistics, tempfile, time
@@ -35,7 +35,7 @@ from .mean_store import BLOCK
 from .method import Context
 from .methods import get_method
 from .moments import Compute, has_bfloat16, has_compiler, resolve_compute
-from .nets import FusionNet, spec_for
+from .nets import FusionNet, HalfPool, InstanceNorm, spec_for
 from .retrieval import measure_retrieval, peak_memory
 from .seeding import keyed_normal
 from .share import choose
@@ -203,18 +203,29 @@ def plain_student(loss, start, rate, inputs, steps) -> torch.Tensor:
         theta = theta - rate * g
     return theta
 
-def student_of(width: int, samples: int, shape: tuple) -> tuple:
+def with_torchs_layers(net: torch.nn.Module) -> torch.nn.Module:
+    "The network with GroupNorm and AvgPool2d in place of ddrepro's layers; parameters and their names stay"
+    for parent in list(net.modules()):
+        for name, part in parent.named_children():
+            if isinstance(part, HalfPool): setattr(parent, name, torch.nn.AvgPool2d(2))
+            if isinstance(part, InstanceNorm):
+                setattr(parent, name, torch.nn.GroupNorm(len(part.weight), len(part.weight), part.eps))
+                getattr(parent, name).load_state_dict(part.state_dict())
+    return net
+
+def student_of(width: int, samples: int, shape: tuple, own_layers: bool) -> tuple:
     "(loss as a function of vectors, inputs and step; start) of a ConvNet on random images"
     net, labels = new_net({"image": spec_for(shape, width)}, {"image": shape}, 10, "linear", 0), torch.arange(samples) % 10
+    if not own_layers: net = with_torchs_layers(net)
     layout = layout_of(net)
     return lambda vectors, inputs, step: training_loss(run_flat(net, layout, vectors["net"], inputs), labels), flatten(net)
 
 def trajectory_way(job: tuple) -> tuple:
     "(seconds, the gradients, peak MiB above the empty process) of one way, for a process of its own"
-    adjoint, steps, width, samples, shape = job
+    (adjoint, own_layers), steps, width, samples, shape = job
     torch.set_num_threads(1)
     keep_freed_memory()
-    (loss, start), before = student_of(width, samples, shape), peak_memory()
+    (loss, start), before = student_of(width, samples, shape, own_layers), peak_memory()
     S, rate = keyed_normal((samples, *shape), 0, "bench/S").requires_grad_(), torch.tensor(.01, requires_grad=True)
     clock = time.perf_counter()
     if adjoint: last = unroll(loss, {"net": start}, {"net": rate}, {"image": S}, steps)["net"]
@@ -223,21 +234,22 @@ def trajectory_way(job: tuple) -> tuple:
     return time.perf_counter() - clock, [x.numpy() for x in found], peak_memory() - before
 
 # %% ../nbs/77_bench.ipynb #cell-023
-TRAJECTORY_WAYS = {"plain graph": False, "adjoint": True}
+TRAJECTORY_WAYS = {"plain graph, torch's own layers": (False, False), "plain graph": (False, True), "adjoint": (True, True)}
 
 def bench_trajectory(rounds=5, steps=(5, 80), width=64, samples=50, shape=(3, 32, 32)) -> pd.DataFrame:
-    "Gradients through an unrolled student: the whole graph against the adjoint, with peak memory"
+    "Gradients through an unrolled student: the whole graph, in torch's layers and in ddrepro's, against the adjoint, with peak memory"
     from ddrepro.bench import trajectory_way        # by its module's name, for the new process
-    tables = []
-    for n in steps:
-        with contextlib.ExitStack() as stack, main_hidden():
-            pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in TRAJECTORY_WAYS}
-            ways = {name: (lambda p=pool, job=(TRAJECTORY_WAYS[name], n, width, samples, shape): p.submit(trajectory_way, job).result()) for name, pool in pools.items()}
-            seconds, given = in_turns(ways, rounds)
-        exact = given["plain graph"][1][0]
-        notes = {name: f"first {first:.1f} s, peak {peak:,.0f} MiB, gradient differs by {np.linalg.norm(g[0] - exact) / np.linalg.norm(exact):.1e}" for name, (first, g, peak) in given.items()}
-        tables.append(table(f"{n} steps, width {width}, batch {samples}", seconds, notes))
-    return pd.concat(tables, ignore_index=True)
+    *plain, adjoint = TRAJECTORY_WAYS
+    return pd.concat([against_adjoint(trajectory_way, way, adjoint, rounds, (n, width, samples, shape)) for n in steps for way in plain], ignore_index=True)
+
+def against_adjoint(work: callable, way: str, adjoint: str, rounds: int, size: tuple) -> pd.DataFrame:
+    "Two ways in turns, each in a process of its own"
+    with contextlib.ExitStack() as stack, main_hidden():
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in (way, adjoint)}
+        seconds, given = in_turns({name: (lambda n=name: pools[n].submit(work, (TRAJECTORY_WAYS[n], *size)).result()) for name in pools}, rounds)
+    exact = given[way][1][0]
+    notes = {name: f"first {first:.1f} s, peak {peak:,.0f} MiB, gradient differs by {np.linalg.norm(g[0] - exact) / np.linalg.norm(exact):.1e}" for name, (first, g, peak) in given.items()}
+    return table(f"{size[0]} steps, width {size[1]}, batch {size[2]}", seconds, notes)
 
 # %% ../nbs/77_bench.ipynb #cell-026
 def compiled_(net): net.forward = partial(torch.compile(FusionNet.forward, dynamic=False), net)
