@@ -67,9 +67,8 @@ def run_paper(
         papermill.execute_notebook(str(notebook), str(target), parameters=params, progress_bar=sys.stderr.isatty(), cwd=str(Path.cwd()), kernel_name=KERNEL)
     rows, table = tagged_output(target, "rows"), folder / f"{name}.csv"
     report = render(target, folder / f"{name}.html")
-    if not rows:
-        table.unlink(missing_ok=True)    # an earlier run's rows never stand beside this report
-        return report, "", absent_lines(target)
+    table.unlink(missing_ok=True)        # an earlier run's rows do not stand beside this report
+    if not rows: return report, "", absent_lines(target)
     write_atomic(table, (rows + "\n").encode())
     return report, tagged_output(target, "final-table"), []
 

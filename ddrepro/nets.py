@@ -34,7 +34,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_): return *_NormaliseBack.apply(g, *ctx.saved_tensors), None
 
-def _extent(x) -> tuple: return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+def _extent(x) -> tuple: return x.shape[0], x.shape[1], x.shape[2:].numel()
 
 def _combined(constant, *terms):
     "constant + Σ factor · image, with a constant and factors a channel"

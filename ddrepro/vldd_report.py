@@ -34,7 +34,7 @@ from .vldd_figures import read_out
 
 # %% ../nbs/83_vldd_report.ipynb #cell-006
 OURS = {"NFConvNet": dict(image="nfconvnet"), "SmallViT": dict(image="smallvit"), "SmallViT + LoRA": dict(image="smallvit", lora=8)}
-ENCODERS = {**{n: dict(c, graphs=8) for n, c in OURS.items()}, **VL_ENCODERS}     # the graphs of small encoders fit in memory, so a student's steps need not be rebuilt
+ENCODERS = {**{n: dict(c, graphs=8) for n, c in OURS.items()}, **VL_ENCODERS}
 TEXTS = {**{f"TF-IDF {dim}": dict(text="tfidf", dim=dim) for dim in (16, 64, 256)}, "BERT": dict(text="bert"), "CLIP": dict(text="clip"), "Sentences": dict(text="sentence")}
 TITLES = {"baselines": "Selected and distilled pairs", "encoders": "Image encoders", "lora": "A vision transformer with and without LoRA", "cross": "Other architectures",
           "modality": "One modality or both", "initialisation": "Where the pairs begin", "texts": "Language encoders"}
@@ -78,8 +78,9 @@ class VLSettings:
     part: str = "test"
 
     def encoders(self, **changes) -> dict:
-        "Fields that say which encoders a method uses"
-        return ({} if "image" in changes else ENCODERS[self.image]) | ({} if "text" in changes else TEXTS[self.text]) | changes
+        "Fields that say which encoders a method uses; students' graphs are kept where networks and pictures are small, else rebuilt"
+        found = ({} if "image" in changes else ENCODERS[self.image]) | ({} if "text" in changes else TEXTS[self.text]) | changes
+        return {k: v for k, v in found.items() if k != "graphs" or self.size <= 64}
 
     def configured(self, name: str, pairs: int, **changes):
         "A method with its defaults for the data set, then the profile's fields, then what a line changes; coresets read the experts of `vldd`"
