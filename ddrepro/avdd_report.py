@@ -93,7 +93,7 @@ def differences(settings: Settings, real, names=()) -> list:
     if settings.recipe.epochs != RECIPES["avdd"].epochs: found.append(f"Evaluation trains for {settings.recipe.epochs} epochs instead of {RECIPES['avdd'].epochs}.")
     for name in ("dm", "avdd"):
         rate = tuned(settings.dataset, name, settings.ipc)
-        if rate: found.append(f"The rate of {name} is {rate['lr']:g}, tuned on validation, instead of 0.2.")
+        if rate and rate["lr"] != 0.2: found.append(f"The rate of {name} is {rate['lr']:g}, tuned on validation, instead of 0.2.")
     if "MTT" in names:
         own = settings.configured("mtt")
         found.append(f"The paper prints no settings of MTT. Here each sense has {own.experts} experts of {own.expert_epochs} epochs, students of {own.steps} steps against {own.span} epoch(s) of an expert, "
