@@ -38,8 +38,9 @@ def _extent(x) -> tuple: return x.shape[0], x.shape[1], x.shape[2:].numel()
 
 def _combined(constant, *terms):
     "constant + Σ factor · image, with a constant and factors a channel"
-    total = constant[..., None]
-    for image, factor in terms: total = torch.addcmul(total, image, factor[..., None])
+    (image, factor), *others = terms
+    total = torch.addcmul(constant[..., None], image, factor[..., None])
+    for image, factor in others: total.addcmul_(image, factor[..., None])
     return total
 
 # %% ../nbs/10_nets.ipynb #cell-009
@@ -59,7 +60,7 @@ class _NormaliseBack(torch.autograd.Function):
     def backward(ctx, a, a_weight, a_bias):
         g, x, weight, mean, r = ctx.saved_tensors
         G, X, A = (t.reshape(*t.shape[:2], -1) for t in (g, x, a))
-        inner = lambda p, q: torch.einsum("ncp,ncp->nc", p, q) / X.shape[2]
+        inner = lambda p, q: torch.linalg.vecdot(p, q) / X.shape[2]
         mean_g, mean_a, w = G.mean(2), A.mean(2), weight * r
         along_g, along_a = (r * (inner(t, X) - mean * m) for t, m in ((G, mean_g), (A, mean_a)))     # ⟨g x̂⟩, ⟨a x̂⟩
         rest, u = inner(A, G) - mean_a * mean_g - along_g * along_a, a_weight - w * along_a
@@ -109,12 +110,10 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(g, height, width):
         *front, h, w = g.shape
-        new = g.new_zeros if height % 2 or width % 2 else g.new_empty
-        out, quarter = new(*front, height, width), g * 0.25
-        squares = out[..., :2 * h, :2 * w]
-        squares[..., 0::2, 0::2] = quarter; squares[..., 0::2, 1::2] = quarter
-        squares[..., 1::2, :] = squares[..., 0::2, :]
-        return out
+        quarter = g * 0.25
+        row = torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)    # each value twice, in one pass
+        squares = torch.cat((row, row), -1).view(*front, 2 * h, 2 * w)
+        return F.pad(squares, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else squares
 
     @staticmethod
     def setup_context(ctx, inputs, output): pass
