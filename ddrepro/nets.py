@@ -59,7 +59,7 @@ class _NormaliseBack(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, a, a_weight, a_bias):
         g, x, weight, mean, r = ctx.saved_tensors
-        G, X, A = (t.reshape(*t.shape[:2], -1) for t in (g, x, a))
+        G, X, A = (t.flatten(2) for t in (g, x, a))
         inner = lambda p, q: torch.linalg.vecdot(p, q) / X.shape[2]
         mean_g, mean_a, w = G.mean(2), A.mean(2), weight * r
         along_g, along_a = (r * (inner(t, X) - mean * m) for t, m in ((G, mean_g), (A, mean_a)))     # ⟨g x̂⟩, ⟨a x̂⟩
@@ -112,7 +112,7 @@ class _Spread(torch.autograd.Function):
         *front, h, w = g.shape
         quarter = g * 0.25
         row = torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)    # each value twice, in one pass
-        squares = torch.cat((row, row), -1).view(*front, 2 * h, 2 * w)
+        squares = torch.ops.aten._unsafe_view(torch.cat((row, row), -1), (*front, 2 * h, 2 * w))     # no view: gradients may be changed in place
         return F.pad(squares, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else squares
 
     @staticmethod
