@@ -21,7 +21,7 @@ from .evaluate import stretched
 from .experiment import run_all
 from .losses import dm_loss, jm_loss, mgm_loss
 from .method import Context
-from .methods.avdd import control
+from .methods.avdd import AVDD, control
 from .moments import Compute
 from .nets import spec_for
 from .papers import AVDD_ROWS, AVDD_TABLES, CONTROLS, EQUAL_STEPS, Settings, published, tuned
@@ -93,7 +93,7 @@ def differences(settings: Settings, real, names=()) -> list:
     if settings.recipe.epochs != RECIPES["avdd"].epochs: found.append(f"Evaluation trains for {settings.recipe.epochs} epochs instead of {RECIPES['avdd'].epochs}.")
     for name in ("dm", "avdd"):
         rate = tuned(settings.dataset, name, settings.ipc)
-        if rate and rate["lr"] != 0.2: found.append(f"The rate of {name} is {rate['lr']:g}, tuned on validation, instead of 0.2.")
+        if rate and rate["lr"] != AVDD.lr: found.append(f"The rate of {name} is {rate['lr']:g}, tuned on validation, instead of {AVDD.lr:g}.")
     if "MTT" in names:
         own = settings.configured("mtt")
         found.append(f"The paper prints no settings of MTT. Here each sense has {own.experts} experts of {own.expert_epochs} epochs, students of {own.steps} steps against {own.span} epoch(s) of an expert, "

@@ -111,7 +111,7 @@ class _Spread(torch.autograd.Function):
     def forward(g, height, width):
         *front, h, w = g.shape
         quarter = g * 0.25
-        row = torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)    # each value twice, in one pass
+        row = torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)
         squares = torch.ops.aten._unsafe_view(torch.cat((row, row), -1), (*front, 2 * h, 2 * w))     # no view: gradients may be changed in place
         return F.pad(squares, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else squares
 

@@ -67,8 +67,8 @@ LEARNING = dict(width=16, span=1, experts=8, expert_rate=0.05, expert_batch=32, 
 TUNED = {   # (dataset, method) → smallest IPC → rate, or several hyper-parameters; best validation AV with width 32, 100 iterations, distillation seed 100
     ("digits_av", "dm"): {1: 5.0, 10: 1.0},     # of 1, 5 at IPC 1 and 0.2, 1, 5, 20 at IPC 10
     ("digits_av", "avdd"): {1: 0.2, 10: 1.0},   # of 0.2, 1, 4 at IPC 1 and 0.05, 0.2, 1, 3 at IPC 10
-    ("digits_av", "mtt"): {1: LEARNING | dict(steps=15, max_start=5, expert_epochs=6, lr=3000., batch=50),       # lr of 300, 3000, 10000, 30000; 1000 with span 2
-                           10: LEARNING | dict(steps=15, max_start=5, expert_epochs=6, lr=1000., batch=50)},   # lr of 300, 1000, 3000
+    ("digits_av", "mtt"): {ipc: LEARNING | dict(steps=15, max_start=5, expert_epochs=6, batch=50, lr=rate)
+                           for ipc, rate in {1: 3000., 10: 1000.}.items()},   # of 300, 3000, 10000, 30000 and 1000 with span 2 at IPC 1, 300, 1000, 3000 at IPC 10
     ("digits", "mtt"): {1: LEARNING | dict(iterations=100, steps=20, max_start=5, expert_epochs=5, lr=1000.),   # width 16; lr of 100, 1000; 300 with span 2
                         10: LEARNING | dict(iterations=100, steps=15, max_start=8, expert_epochs=8, lr=300., batch=25)},   # lr of 300, 3000; 300 and 1000 with later starts
 }
