@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3; do $$p -c '$(ENOUGH)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help setup demo test chapters readme wheel clean
+.PHONY: help setup demo lint quick test chapters readme wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -29,12 +29,19 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)  ## distil embedded data, evaluate, and write a report: a few minutes on a laptop
 	$(RUN)/ddrepro demo
 
-test: $(READY)  ## everything: chapters, modules and README in step, then tests/
+lint: $(READY)  ## ruff over package, notebooks, tests and scripts: seconds
+	$(RUN)/python -m ddrepro.project lint
+
+quick: $(READY)  ## lint, and the chapters and tests of what changed: under 3 minutes
+	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project quick
+
+test: $(READY)  ## everything: lint, chapters, modules and README in step, then tests/
+	$(RUN)/python -m ddrepro.project lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project test
 	$(RUN)/python -m ddrepro.project check
 	$(RUN)/python -m pytest -q tests
 
-chapters: $(READY)  ## execute the chapters and save what they show (some: make chapters only="21_losses 24_moments")
+chapters: $(READY)  ## execute the chapters and save what they show (some: make chapters only="losses moments")
 	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project chapters $(only)
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
@@ -46,5 +53,5 @@ wheel: $(READY)  ## dist/*.whl, with notebooks, data and report template inside
 	@ls -sh dist
 
 clean:  ## remove what builds leave behind; .venv, runs and reports stay
-	rm -rf build dist *.egg-info _proc _docs nbs/_proc .pytest_cache
+	rm -rf build dist *.egg-info _proc _docs nbs/_proc .pytest_cache .ruff_cache
 	find ddrepro tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("ddrepro needs Python 3.11 or newer; this is Python %d.%d (%s)." % (sys.version_info[0], sys.version_info[1], sys.executable))
+    sys.exit("ddrepro needs Python 3.11 or newer; this is Python %d.%d (%s)." % (*sys.version_info[:2], sys.executable))
 
 import shutil
 from configparser import ConfigParser
@@ -39,12 +39,13 @@ def requirements(name):
     return cfg[name].split()
 
 
+readme = HERE / "README.md"
 notebooks, whitening = requirements("notebooks_requirements"), requirements("whitening_requirements")
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],

@@ -10,7 +10,11 @@ utterances of one digit are all by different speakers.
 Needs the program `espeak-ng`, numpy and scipy; `--check` also needs torchaudio and scikit-learn. Every draw is keyed
 by what it is for, so one version of eSpeak NG and of the libraries gives the same file byte for byte.
 """
-import argparse, hashlib, re, subprocess, tempfile
+import argparse
+import hashlib
+import re
+import subprocess
+import tempfile
 from math import gcd
 from pathlib import Path
 

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL_WIDTH', 'PAIR_FIELDS', 'DualSpec', 'DualNet', 'dual_net', 'layouts', 'vectors', 'encode_pairs', 'load_vectors',
-           'fitted_text', 'caption_embeddings', 'embedded', 'features', 'retrieve', 'DualFields',
-           'spec_without_defaults', 'dual_of']
+           'fitted_text', 'caption_embeddings', 'embedded_captions', 'pair_features', 'dual_of', 'DualFields',
+           'spec_without_defaults']
 
 # %% ../nbs/40_dual.ipynb #cell-003
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-import hashlib
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,12 @@ from sklearn.feature_extraction.text import CountVectorizer
 from torch import nn
 from torch.func import functional_call
 
-from .encoders import EMBEDDED, PRETRAINED, image_encoder, text_encoder, text_projection, trainable, with_lora
+from .encoders import EMBEDDED, image_encoder, text_projection, trainable, with_lora
 from .files import DamagedFile, load_tensors, save_tensors
-from .provenance import code_digest, short_hash
-from .retrieval import retrieval_scores
+from .provenance import short_hash, store_code
 from .share import choose
-from .trajectories import Layout
+from .text_encoders import PRETRAINED, text_encoder
+from .vectors import Layout
 
 # %% ../nbs/40_dual.ipynb #cell-006
 SMALL_WIDTH = 32
@@ -36,18 +35,23 @@ class DualSpec:
     width: int = None            # of the two small image encoders, 32 where it is not given; timm's have their own
     lora: int = 0                # rank of adapters on a vision transformer; 0 trains everything
     pretrained: object = "auto"  # image weights: True, False, or "auto": where they are to be had
-    text: str = "tfidf"          # frozen text encoder
+    text: str = "tfidf"          # frozen text encoder: "tfidf", "bert", "clip", "sentence"
     dim: int = 256               # of tfidf
     dropout: float = 0.1         # in the text projection
 
     def __post_init__(self):
         choose("text", self.text, ("tfidf", *PRETRAINED))
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        for what, least in (("lora", 0), ("dim", 1), ("width", 1)):
-            if getattr(self, what) is not None and getattr(self, what) < least: raise ValueError(f"{what} must be at least {least}, got {getattr(self, what)}")
+        for name, least in (("lora", 0), ("dim", 1), ("width", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least: raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.image in EMBEDDED and self.width is None: object.__setattr__(self, "width", SMALL_WIDTH)
 
-    def trained_on(self, image: str, width: int = None) -> "DualSpec":
+    def trained_on(
+        self,
+        image: str,        # a name of `image_encoder`
+        width: int = None  # of a small one; default this specification's
+    ) -> "DualSpec":
         "The same texts with another image encoder, trained whole: cross-architecture evaluation"
         width = (width or self.width or SMALL_WIDTH) if image in EMBEDDED else None
         return replace(self, image=image, width=width, lora=0)
@@ -59,7 +63,13 @@ class DualNet(nn.Module):
         super().__init__()
         self.image, self.text = image, text
 
-    def forward(self, x, y, mask=None): return self.image(x), self.text(y, mask)
+    def forward(
+        self,
+        x,         # (N, 3, H, W)
+        y,         # (N, d_text)
+        mask=None  # (N, D) dropout mask of the text projection
+    ):             # image features and projected texts, both (N, D)
+        return self.image(x), self.text(y, mask)
 
 def dual_net(
     spec: DualSpec,
@@ -68,28 +78,39 @@ def dual_net(
     seed: int, *indices   # key of the initial parameters
 ) -> DualNet:
     "A dual encoder"
-    known = dict(pretrained=spec.pretrained, width=spec.width)
-    if spec.lora: image = with_lora(image_encoder(spec.image, size, **known), spec.lora, seed, *indices)
-    else: image = image_encoder(spec.image, size, **known, seed=seed, indices=indices)
+    settings = dict(pretrained=spec.pretrained, width=spec.width)
+    if spec.lora: image = with_lora(image_encoder(spec.image, size, **settings), spec.lora, seed, *indices)
+    else: image = image_encoder(spec.image, size, **settings, seed=seed, indices=indices)
     return DualNet(image, text_projection(d_text, image.features, spec.dropout, seed=seed, indices=indices))
 
 # %% ../nbs/40_dual.ipynb #cell-012
 def layouts(net: DualNet) -> dict:
-    "Encoder → layout of its trained parameters"
+    "\"image\" and \"text\" → layout of the encoder's trained parameters"
     shapes = {m: {n: tuple(p.shape) for n, p in trainable(part).items()} for m, part in net.named_children()}
-    return {m: Layout(tuple(own), tuple(own.values())) for m, own in shapes.items()}
+    return {m: Layout(tuple(by_name), tuple(by_name.values())) for m, by_name in shapes.items()}
 
 def vectors(net: DualNet) -> dict:
-    "Encoder → its trained parameters as one vector, a copy"
-    return {m: torch.cat([p.detach().reshape(-1) for p in trainable(part).values()]) for m, part in net.named_children()}
+    "\"image\" and \"text\" → the encoder's trained parameters as one vector, a copy"
+    flat = lambda part: torch.cat([p.detach().reshape(-1) for p in trainable(part).values()])
+    return {m: flat(part) for m, part in net.named_children()}
 
-def encode_pairs(net: DualNet, layout: dict, flat: dict, x, y, mask=None) -> tuple:
-    "(image features, projected texts) with the parameters of two flat vectors"
+def encode_pairs(
+    net: DualNet,
+    layout: dict,  # "image" and "text" → Layout
+    flat: dict,    # "image" and "text" → vector
+    x,             # (N, 3, H, W)
+    y,             # (N, d_text)
+    mask=None      # (N, D) dropout mask of the text projection
+) -> tuple:        # image features and projected texts, both (N, D)
+    "What a network gives with the parameters of two flat vectors"
     return (functional_call(net.image, layout["image"].named(flat["image"]), (x,)),
             functional_call(net.text, layout["text"].named(flat["text"]), (y, mask)))
 
 @torch.no_grad()
-def load_vectors(net: DualNet, flat: dict) -> DualNet:
+def load_vectors(
+    net: DualNet,  # changed in place
+    flat: dict     # "image" and "text" → vector
+) -> DualNet:
     "Copy two flat vectors into a network"
     for m, part in net.named_children():
         for name, x in layouts(net)[m].named(flat[m]).items(): trainable(part)[name].copy_(x)
@@ -97,7 +118,11 @@ def load_vectors(net: DualNet, flat: dict) -> DualNet:
 
 # %% ../nbs/40_dual.ipynb #cell-017
 @lru_cache(4)
-def fitted_text(real, text: str, dim: int):
+def fitted_text(
+    real,       # PairData
+    text: str,  # "tfidf", "bert", "clip", "sentence"
+    dim: int    # of tfidf, at most
+):              # has .dim and .encode(texts)
     "The frozen text encoder of a data set"
     captions = real.pairs("train").captions
     if text != "tfidf": return text_encoder(text)
@@ -107,76 +132,76 @@ def fitted_text(real, text: str, dim: int):
 def caption_embeddings(
     real,                # PairData
     spec: DualSpec,
-    part: str,
+    part: str,           # "train", "validation", "test"
     store=None           # folder that keeps them; None keeps nothing
 ) -> torch.Tensor:       # (P, d_text), a row for each of `real.pairs(part)`
     "Frozen embeddings of all cleaned captions of a part"
-    return embedded(real, spec.text, spec.dim if spec.text == "tfidf" else 0, part, str(store) if store else None)
+    dim = spec.dim if spec.text == "tfidf" else 0
+    return embedded_captions(real, spec.text, dim, part, str(store) if store else None)
 
 @lru_cache(8)
-def embedded(real, text: str, dim: int, part: str, store) -> torch.Tensor:
-    key = dict(data=real.fingerprint, text=text, dim=dim, part=part, code=code_digest("ddrepro.encoders"))
+def embedded_captions(real, text: str, dim: int, part: str, store: str | None) -> torch.Tensor:
+    "`caption_embeddings` by what they depend on, kept in memory and in the store"
+    key = dict(data=real.fingerprint, text=text, dim=dim, part=part, code=store_code(fitted_text, type(real)))
     path = Path(store) / "captions" / f"{short_hash(key)}.safetensors" if store else None
     if path and path.exists():
         try: return load_tensors(path, "captions")[0]["embeddings"]
         except DamagedFile as damage: print(f"{damage}; encoding the captions again")
-    found = fitted_text(real, text, dim).encode(real.pairs(part).captions, progress=f"{part} captions")
-    if path: save_tensors(path, {"embeddings": found}, "captions", key)
-    return found
+    embeddings = fitted_text(real, text, dim).encode(real.pairs(part).captions, progress=f"{part} captions")
+    if path: save_tensors(path, {"embeddings": embeddings}, "captions", key)
+    return embeddings
 
 # %% ../nbs/40_dual.ipynb #cell-022
 @torch.no_grad()
-def features(net: DualNet, images, texts, normalise=None, block: int = 500) -> tuple:
-    "Unit features (N, D) of pictures and (T, D) of texts, in blocks, without dropout"
-    device, was = next(net.parameters()).device, net.training
+def pair_features(
+    net: DualNet,
+    images: torch.Tensor,  # (N, 3, H, W), pixels from 0 to 1
+    texts: torch.Tensor,   # (T, d_text)
+    normalise=None,        # applied to the images
+    block: int = 500       # images at a time, and ten times as many texts
+) -> tuple:                # unit features (N, D) of pictures and (T, D) of texts
+    "Features without dropout, in blocks"
+    device, was_training = next(net.parameters()).device, net.training
     net.eval()
     normalise = normalise or (lambda x: x)
     image = torch.cat([F.normalize(net.image(normalise(x.to(device))), dim=1) for x in images.split(block)])
     text = torch.cat([F.normalize(net.text(y.to(device)), dim=1) for y in texts.split(10 * block)])
-    net.train(was)
+    net.train(was_training)
     return image, text
 
-def retrieve(
-    net: DualNet, real, part: str,
-    spec: DualSpec,   # of the caption embeddings
-    store=None
-) -> dict:            # keys of `retrieval_scores`
-    "Scores of a dual encoder on all pictures and captions of a part"
-    texts, images = caption_embeddings(real, spec, part, store), getattr(real, part).images
-    return retrieval_scores(*features(net, images, texts, real.normalisation["image"]), real.pairs(part).image_of)
-
 # %% ../nbs/40_dual.ipynb #cell-026
+def dual_of(
+    values: dict   # fields of a method by name, or a method's specification; what is left out has its default
+) -> DualSpec:
+    "The dual encoder that a method's fields describe; the width belongs to the small image encoders alone"
+    known = {f.name: values[f.name] for f in fields(DualSpec) if f.name in values}
+    if known.get("image", DualSpec.image) not in EMBEDDED: known["width"] = None
+    return DualSpec(**known)
+
 @dataclass(frozen=True)
 class DualFields:
     "The encoders and the experts of a method on pairs"
-    image: str = "nfconvnet"        # image encoder
-    lora: int = 0                   # rank of adapters on a vision transformer
-    pretrained: object = "auto"     # image weights
-    text: str = "tfidf"             # frozen text encoder
-    dim: int = 256                  # of tfidf
-    dropout: float = 0.1            # in the text projection
-    experts: int = 20               # networks trained on all real pairs
+    image: str = DualSpec.image            # image encoder
+    lora: int = DualSpec.lora              # rank of adapters on a vision transformer
+    pretrained: object = DualSpec.pretrained   # image weights
+    text: str = DualSpec.text              # frozen text encoder
+    dim: int = DualSpec.dim                # of tfidf
+    dropout: float = DualSpec.dropout      # in the text projection
+    experts: int = 20                      # networks trained on all real pairs
     expert_epochs: int = 10
     expert_rate: float = 0.1
     expert_batch: int = 128
-    expert_captions: int = 0        # captions of a picture in an epoch of an expert; 0: all
-    expert_augment: str = ""        # of the pictures an expert sees
-    expert_seed: int = 0            # one buffer serves all distillation seeds
+    expert_captions: int = 0               # captions of a picture in an epoch of an expert; 0: all
+    expert_augment: str = ""               # of the pictures an expert sees
+    expert_seed: int = 0                   # one buffer serves all distillation seeds
 
     @property
     def dual(self) -> DualSpec:
         "The dual encoder"
-        width = self.width if self.image in EMBEDDED else None
-        return DualSpec(self.image, width, self.lora, self.pretrained, self.text, self.dim, self.dropout)
+        return dual_of(vars(self))
 
 PAIR_FIELDS = DualFields.__dataclass_fields__
 
 def spec_without_defaults(spec: dict) -> dict:
     "A method's specification without the fields of pairs that are at their defaults"
     return {k: v for k, v in spec.items() if k not in PAIR_FIELDS or v != PAIR_FIELDS[k].default}
-
-def dual_of(spec: dict) -> DualSpec:
-    "The dual encoder of a specification"
-    own = {k: f.default for k, f in PAIR_FIELDS.items()} | spec
-    width = own.get("width") if own["image"] in EMBEDDED else None
-    return DualSpec(own["image"], width, own["lora"], own["pretrained"], own["text"], own["dim"], own["dropout"])

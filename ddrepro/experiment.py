@@ -5,11 +5,17 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Experiment', 'settled', 'work_folder', 'runs_folder', 'store_folder', 'experiment_digest', 'git_revision',
            'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked', 'snapshot_path', 'with_snapshots',
-           'snapshot_keeper', 'distillation_run', 'sealed', 'unsealed', 'rows_path', 'read_rows', 'job_of',
-           'distilled_all', 'run_each', 'run_all', 'labelled']
+           'snapshot_keeper', 'distillation_run', 'kept_run', 'sealed', 'unsealed', 'rows_path', 'stored_rows',
+           'row_facts', 'job_of', 'distilled_all', 'run_each', 'missing_networks', 'run_all', 'labelled']
 
 # %% ../nbs/70_experiment.ipynb #cell-003
-import hashlib, io, json, os, platform, subprocess, time
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,20 +23,21 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 import ddrepro
-from .distill import distill, distilled_from
+from .distill import distill, distilled_from, own_code
 from .distilled import DistilledData
 from .dual import DualSpec
-from .evaluate import evaluation_job, score_each, whole_job
+from .evaluate import TASKS, Scoring, Task, origin_of, task_of
 from .files import DamagedFile, write_atomic, write_json
-from .method import Method
+from .method import Diverged, Method
 from .moments import resolve_compute
-from .pair_training import PairRecipe, pair_job, pair_recipe, score_pairs_each
-from .provenance import canonical, code_digest, short_hash
+from .pair_training import pair_recipe
+from .provenance import canonical, short_hash, store_code
 from .share import project_root
-from .training import Recipe, get_recipe
+from .training import get_recipe
 from .workers import keep_freed_memory
 
 # %% ../nbs/70_experiment.ipynb #cell-006
@@ -39,38 +46,46 @@ class Experiment:
     "One row of a table, for one distillation seed"
     method: Method | None            # None: the whole training set
     seed: int = 0                    # of distillation
-    recipe: Recipe = None            # of evaluation; default the method's, else AVDD's
+    recipe: object = None            # of evaluation; default the method's, else the data's
     eval_seeds: int = 3              # evaluation networks
     part: str = "test"
-    fusion: str = "ensemble"
+    fusion: str = None               # heads of several modalities; default the data's
     epochs: int = None               # of evaluation; default the recipe's
-    width: int = 128                 # of evaluation networks where there is no method to say it
-    net: str = "convnet"             # kind of the evaluation networks: cross-architecture; on pairs an image encoder, "same": the method's
-    dual: DualSpec = None            # on pairs, encoders of evaluation; default the method's
+    width: int = None                # of evaluation networks; default the method's
+    net: str = None                  # kind of the evaluation networks, or image encoder; default the method's
+    dual: DualSpec = None            # for pairs, encoders of evaluation; default the method's
     at: int = None                   # score the set as it was after so many iterations; default the last
     label: str = ""                  # how tables name the row; not part of the hash
+    task: str = ""                   # of the data, once settled
 
     @property
-    def name(self) -> str: return self.label or (self.method.name if self.method else "whole data")
+    def name(self) -> str:
+        "How tables name the row"
+        return self.label or (self.method.name if self.method else "whole data")
 
-    def distillation(self, real) -> dict:
-        "What the distilled set depends on"
-        return dict(data=real.fingerprint, method=self.method.spec() if self.method else dict(method="whole"), seed=self.seed)
-
-    def evaluation(self) -> dict:
-        "What the rows depend on besides"
-        if isinstance(self.recipe, PairRecipe): return dict(recipe=asdict(self.recipe), part=self.part, epochs=self.epochs, dual=asdict(self.dual), at=self.at)
-        recipe = get_recipe(self.recipe or getattr(self.method, "recipe", "avdd" if self.method else "avdd_whole"))
-        return dict(recipe=asdict(recipe), part=self.part, fusion=self.fusion, epochs=self.epochs, width=getattr(self.method, "width", self.width),
-                    net=self.net, at=self.at)
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.recipe, self.part, self.epochs, self.width, self.fusion, self.net, self.dual)
 
 # %% ../nbs/70_experiment.ipynb #cell-008
 def settled(e: Experiment, real) -> Experiment:
-    "The experiment with all that its data decide"
-    if real.classes: return e
-    dual = e.dual or getattr(e.method, "dual", None) or DualSpec()
-    if e.net not in ("same", "convnet", dual.image): dual = dual.trained_on(e.net)
-    return replace(e, recipe=pair_recipe(e.recipe, whole=e.method is None), dual=dual, net=dual.image, fusion="")
+    "The experiment with all that its method and data decide"
+    task = task_of(real)
+    scoring = task.settled(e.scoring, real, origin_of(e.method, real), whole=e.method is None)
+    return replace(e, task=task.name, **vars(scoring))
+
+@patch
+def distillation(self: Experiment, real) -> dict:
+    "What the distilled set depends on, as plain data"
+    if not self.method: return dict(data=real.fingerprint, method=dict(method="whole"), seed=self.seed)
+    facts = dict(data=real.fingerprint, method=self.method.spec(), seed=self.seed)
+    return facts | own_code(self.method)
+
+@patch
+def evaluation(self: Experiment) -> dict:
+    "What the rows of a settled experiment depend on besides"
+    if not self.task: raise ValueError(f"the experiment {self.name!r} is not settled: settled(e, real) says how it is scored")
+    return TASKS[self.task].facts(self.scoring) | dict(at=self.at)
 
 # %% ../nbs/70_experiment.ipynb #cell-011
 def work_folder() -> Path:
@@ -83,11 +98,14 @@ def runs_folder() -> Path: return Path(os.environ.get("DDREPRO_RUNS") or work_fo
 def store_folder() -> Path: return runs_folder() / "store"
 
 # %% ../nbs/70_experiment.ipynb #cell-013
-def experiment_digest(method, pairs: bool = False) -> str:
+def experiment_digest(
+    method: Method | None,
+    task: Task   # of the data
+) -> str:
     "Digest of the code behind a method's rows"
-    own = type(method).__module__ if method else ""
-    scoring = ["ddrepro.pair_training"] if pairs else []
-    return code_digest("ddrepro.distill", "ddrepro.evaluate", *scoring, *([own] if own.startswith("ddrepro") else []))
+    distilling = [distill, type(method)] if method else []
+    published = [vars(cls)["defaults"] for cls in type(method).__mro__ if "defaults" in vars(cls)]
+    return store_code(*distilling, *task.code, without=[get_recipe, pair_recipe, *published])
 
 # %% ../nbs/70_experiment.ipynb #cell-015
 def git_revision() -> str:
@@ -95,21 +113,27 @@ def git_revision() -> str:
     root = project_root()
     if not root: return ""
     ask = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
-    try: head, dirty = ask("rev-parse", "--short=12", "HEAD"), ask("status", "--porcelain", "--untracked-files=no", "--", "ddrepro")
+    try:
+        head = ask("rev-parse", "--short=12", "HEAD")
+        changes = ask("status", "--porcelain", "--untracked-files=no", "--", "ddrepro")
     except OSError: return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
+    if head.returncode: return ""
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 def processor() -> str:
     "Name of the GPU, or of the CPU with its cores"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    names = [l.split(":")[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 def environment() -> dict:
     "Versions and machine, for certificates and reports"
     names = ("torch", "torchvision", "torchaudio", "numpy", "pandas", "scikit-learn")
-    return dict(ddrepro=ddrepro.__version__, python=platform.python_version(), **{n: version(n) for n in names}, processor=processor(), revision=git_revision())
+    return dict(ddrepro=ddrepro.__version__, python=platform.python_version(), **{n: version(n) for n in names},
+                processor=processor(), revision=git_revision())
 
 # %% ../nbs/70_experiment.ipynb #cell-018
 @dataclass
@@ -124,51 +148,70 @@ class AskedOtherwise(ValueError): "A kept run was computed in another way than i
 def as_asked(run: Run, compute: dict) -> Run:
     "The run, unless a precision or backend is asked for by name and it has another"
     for what in ("precision", "compile"):
-        wanted, has = (compute or {}).get(what, "auto"), run.certificate["compute"].get(what)
-        if wanted != "auto" and has is not None and wanted != has: raise AskedOtherwise(f"{run.folder.name} was computed with {what} {has!r}, {wanted!r} is asked for")
+        asked, has = (compute or {}).get(what, "auto"), run.certificate["compute"].get(what)
+        if asked != "auto" and has is not None and asked != has:
+            raise AskedOtherwise(f"{run.folder.name} was computed with {what} {has!r}, {asked!r} is asked for")
     return run
 
 def snapshot_path(folder: Path, at: int) -> Path: return folder / f"at-{at:06d}"
 
 def with_snapshots(run: Run, snapshots) -> Run:
     "The run, unless a set on its way is asked for that was not kept"
-    if lacking := [at for at in sorted(snapshots) if not snapshot_path(run.folder, at).with_suffix(".json").exists()]:
-        raise AskedOtherwise(f"{run.folder.name} did not keep the set after {lacking[0]} iterations")
+    for at in sorted(snapshots):
+        if not snapshot_path(run.folder, at).with_suffix(".json").exists():
+            raise AskedOtherwise(f"{run.folder.name} did not keep the set after {at} iterations")
     return run
 
 def snapshot_keeper(e: Experiment, real, folder: Path, snapshots):
-    "What `distill` calls after each iteration, to keep the synthetic set on its way"
+    "What `distill` calls after each iteration, to keep the synthetic set on its way; None where none is asked for"
     def keep(t, loss, S):
         if t + 1 not in snapshots: return
         card = dict(method=e.method.spec(), dataset=real.name, data=real.fingerprint, seed=e.seed, at=t + 1)
-        distilled_from({f"S/{m}": x for m, x in S.items()}, e.method, real, tuple(range(len(real.classes))), card, ()).save(snapshot_path(folder, t + 1))
+        state = {f"S/{m}": x for m, x in S.items()}
+        distilled_from(state, e.method, real, tuple(range(len(real.classes))), card, ()).save(snapshot_path(folder, t + 1))
     return keep if snapshots else None
 
 # %% ../nbs/70_experiment.ipynb #cell-019
-def distillation_run(e: Experiment, real, runs=None, store=None, compute: dict = None, refresh=False, progress=True, snapshots=()) -> Run:
+def distillation_run(
+    e: Experiment, real,
+    runs=None, store=None,   # folders; default runs_folder() and its store
+    compute: dict = None,    # device, precision, compile: passed to `distill`
+    refresh: bool = False,   # make it anew
+    progress: bool = True,
+    snapshots=()             # iterations after which the set is kept
+) -> Run:
     "The distilled set of an experiment: from its folder, finished from a checkpoint, or made"
-    folder = Path(runs or runs_folder()) / short_hash(e.distillation(real))
+    spec = e.distillation(real)
+    folder = Path(runs or runs_folder()) / short_hash(spec)
     certificate = folder / "certificate.txt"
     if refresh:
         for old in folder.glob("*"): old.unlink()
     if certificate.exists():
-        try: return with_snapshots(as_asked(Run(folder, DistilledData.load(folder / "distilled") if e.method else None, json.loads(unsealed(certificate))), compute), snapshots)
+        try: return with_snapshots(as_asked(kept_run(folder, e), compute), snapshots)
         except (DamagedFile, FileNotFoundError, AskedOtherwise) as why: print(f"{why}; making it again")
-    write_json(folder / "spec.json", e.distillation(real))
+    write_json(folder / "spec.json", spec)
     started, clock, distilled = datetime.now(timezone.utc), time.monotonic(), None
     if e.method:
-        distilled = distill(e.method, real, e.seed, store=store or store_folder(), folder=folder, progress=progress,
-                            **dict(on_iteration=snapshot_keeper(e, real, folder, snapshots)) | (compute or {}))
+        settings = dict(on_iteration=snapshot_keeper(e, real, folder, snapshots)) | (compute or {})
+        distilled = distill(e.method, real, e.seed, store=store or store_folder(), folder=folder, progress=progress, **settings)
         distilled.save(folder / "distilled")
-        write_atomic(folder / "loss.csv", pd.DataFrame({"iteration": range(len(distilled.curve)), "loss": distilled.curve}).to_csv(index=False).encode())
-    facts = dict(spec=e.distillation(real), dataset=real.name, digest=experiment_digest(e.method, not real.classes), started=started.isoformat(timespec="seconds"),
-                 seconds=round(time.monotonic() - clock, 1), compute=distilled.card["compute"] if distilled else {}, environment=environment())
+        losses = pd.DataFrame({"iteration": range(len(distilled.curve)), "loss": distilled.curve})
+        write_atomic(folder / "loss.csv", losses.to_csv(index=False).encode())
+    facts = dict(spec=spec, dataset=real.name, digest=experiment_digest(e.method, task_of(real)),
+                 started=started.isoformat(timespec="seconds"), seconds=round(time.monotonic() - clock, 1),
+                 compute=distilled.card["compute"] if distilled else {}, environment=environment())
     write_atomic(certificate, sealed(json.dumps(facts, indent=1, sort_keys=True) + "\n"))
     for old in folder.glob("checkpoint-*"): old.unlink()
     return Run(folder, distilled, facts)
 
+def kept_run(folder: Path, e: Experiment) -> Run:
+    "A finished run as it lies in its folder"
+    distilled = DistilledData.load(folder / "distilled") if e.method else None
+    return Run(folder, distilled, json.loads(unsealed(folder / "certificate.txt")))
+
 # %% ../nbs/70_experiment.ipynb #cell-020
-COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps", "samples", "part", "fusion", "recipe", "net", "at", "run", "digest"]
+COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps", "samples",
+           "part", "fusion", "recipe", "net", "at", "run", "digest"]
 
 def sealed(text: str) -> bytes:
     "Text with its SHA-256 in a last line"
@@ -182,7 +225,7 @@ def unsealed(path: Path) -> str:
 
 def rows_path(run: Run, e: Experiment) -> Path: return run.folder / f"rows-{short_hash(e.evaluation())}.csv"
 
-def read_rows(run: Run, e: Experiment) -> pd.DataFrame:
+def stored_rows(run: Run, e: Experiment) -> pd.DataFrame:
     "Rows already there"
     path = rows_path(run, e)
     if path.exists():
@@ -190,21 +233,38 @@ def read_rows(run: Run, e: Experiment) -> pd.DataFrame:
         except DamagedFile as damage: print(f"{damage}; evaluating again")
     return pd.DataFrame(columns=COLUMNS)
 
-def job_of(e: Experiment, real, run: Run, store=None) -> dict:
-    "What scoring needs but the seeds: keywords of `score`, or a job of `score_pairs`"
-    v, found = e.evaluation(), run.distilled if e.at is None else DistilledData.load(snapshot_path(run.folder, e.at))
-    if not real.classes: return pair_job(found, real, e.recipe, e.part, e.dual, store, e.epochs)
-    how = dict(recipe=Recipe(**v["recipe"]), part=e.part, width=v["width"], fusion=e.fusion, epochs=e.epochs, net=e.net)
-    return whole_job(real, **how) if found is None else evaluation_job(found, real, **how)
+def row_facts(e: Experiment, real, run: Run) -> dict:
+    "Columns that all rows of a settled experiment share"
+    method = e.method
+    facts = dict(method="whole data", ipc=0, factor=1, at=0)
+    if method: facts = dict(method=method.name, ipc=method.ipc, factor=method.factor, at=e.at or method.iterations)
+    return facts | dict(dataset=real.name, part=e.part, fusion=e.fusion, recipe=e.recipe.name, net=e.net,
+                        run=run.folder.name, digest=experiment_digest(method, TASKS[e.task]))
 
-def distilled_all(experiments, real, runs, store, compute, refresh, progress) -> list:
+# %% ../nbs/70_experiment.ipynb #a0ee9079
+def job_of(e: Experiment, real, run: Run, store=None) -> dict:
+    "What scoring needs but the seeds"
+    distilled = run.distilled if e.at is None else DistilledData.load(snapshot_path(run.folder, e.at))
+    return TASKS[e.task].job(distilled, real, e.scoring, store)
+
+def distilled_all(
+    experiments: list, real,
+    diverged: dict = None,   # takes index → why; None: a divergence raises
+    **settings               # of `distillation_run`
+) -> list:                   # of Run, or None
     "Every experiment's run; a distillation keeps the sets on its way that any of them is to score"
-    key = lambda e: short_hash(e.distillation(real))
-    wanted, done = {}, {}
-    for e in experiments: wanted.setdefault(key(e), set()).update({e.at} - {None})
-    for e in experiments:
-        if key(e) not in done: done[key(e)] = distillation_run(e, real, runs, store, compute, refresh, progress, wanted[key(e)])
-    return [done[key(e)] for e in experiments]
+    keys = [short_hash(e.distillation(real)) for e in experiments]
+    snapshots, runs, lost = {key: set() for key in keys}, {}, {}
+    for key, e in zip(keys, experiments):
+        if e.at is not None: snapshots[key].add(e.at)
+    for i, (key, e) in enumerate(zip(keys, experiments)):
+        if key not in runs:
+            try: runs[key] = distillation_run(e, real, snapshots=snapshots[key], **settings)
+            except Diverged as why:
+                if diverged is None: raise
+                runs[key], lost[key] = None, str(why).split(";")[0]
+        if key in lost: diverged[i] = lost[key]
+    return [runs[key] for key in keys]
 
 # %% ../nbs/70_experiment.ipynb #cell-021
 def run_each(
@@ -212,33 +272,46 @@ def run_each(
     runs=None, store=None,      # folders; default runs_folder() and its store
     compute: dict = None,       # device, precision, compile: passed to `distill`
     refresh: bool = False,      # make everything anew
-    progress: bool = True
-) -> list:                      # an experiment: its tidy rows, labelled
+    progress: bool = True,
+    diverged: dict = None       # takes index → why of experiments whose distillation diverges; None: that raises
+) -> list:                      # an experiment: its tidy rows, labelled; None where it diverged
     "Distil what is missing, one after the other; then evaluate what is missing, side by side; rows are saved as they come"
     keep_freed_memory()
     experiments = [settled(e, real) for e in experiments]
-    done = distilled_all(experiments, real, runs, store, compute, refresh, progress)
-    missing = {(rows_path(run, e), k): (e, run, k) for e, run in zip(experiments, done) for k in range(e.eval_seeds) if k not in set(read_rows(run, e).eval_seed)}
-    missing = list(missing.values())       # two rows of a table may be one experiment under two names
+    done = distilled_all(experiments, real, diverged, refresh=refresh, runs=runs, store=store, compute=compute, progress=progress)
+    missing = missing_networks(experiments, done)
     shared = {rows_path(run, e): job_of(e, real, run, store or store_folder()) for e, run, _ in missing}
     jobs = [shared[rows_path(run, e)] | {"seeds": [(e.seed, k)]} for e, run, k in missing]
     device = resolve_compute((compute or {}).get("device", "auto")).device
     bar = tqdm(total=len(missing), desc="evaluation networks", disable=not progress or not missing)
-    for (e, run, k), found in zip(missing, (score_each if real.classes else score_pairs_each)(jobs, device)):
-        facts = dict(dataset=real.name, ipc=e.method.ipc if e.method else 0, factor=e.method.factor if e.method else 1, part=e.part, fusion=e.fusion,
-                     recipe=e.evaluation()["recipe"]["name"], net=e.net, at=e.at or (e.method.iterations if e.method else 0), run=run.folder.name, digest=experiment_digest(e.method, not real.classes), method=e.method.name if e.method else "whole data")
-        rows = pd.concat([x for x in (read_rows(run, e), pd.DataFrame([r | facts for r in found])) if len(x)])
+    for (e, run, _), scores in zip(missing, task_of(real).score_each(jobs, device)):
+        facts = row_facts(e, real, run)
+        tables = [stored_rows(run, e), pd.DataFrame([score | facts for score in scores])]
+        rows = pd.concat([table for table in tables if len(table)])
         write_atomic(rows_path(run, e), sealed(rows[COLUMNS].to_csv(index=False)))
         bar.update()
     bar.close()
-    return [labelled(e, run) for e, run in zip(experiments, done)]
+    return [labelled(e, run) if run else None for e, run in zip(experiments, done)]
 
-def run_all(experiments: list, real, **more) -> pd.DataFrame:
+def missing_networks(
+    experiments: list,   # settled
+    runs: list           # of each; None where it diverged
+) -> list:               # of (experiment, run, evaluation seed)
+    "Evaluation networks without rows, each once: two rows of a table may be one experiment under two names"
+    missing = {}
+    for e, run in zip(experiments, runs):
+        if run is None: continue
+        there = set(stored_rows(run, e).eval_seed)
+        for k in range(e.eval_seeds):
+            if k not in there: missing[rows_path(run, e), k] = e, run, k
+    return list(missing.values())
+
+def run_all(experiments: list, real, **settings) -> pd.DataFrame:
     "The rows of all experiments in one table; arguments as `run_each`"
-    return pd.concat(run_each(experiments, real, **more), ignore_index=True)
+    return pd.concat(run_each(experiments, real, **settings), ignore_index=True)
 
 def labelled(e: Experiment, run: Run) -> pd.DataFrame:
     "The experiment's own rows under its table name, and whether other code than today's made them or their distilled set"
-    rows, today = read_rows(run, e), experiment_digest(e.method, isinstance(e.recipe, PairRecipe))
+    rows, today = stored_rows(run, e), experiment_digest(e.method, TASKS[e.task])
     rows = rows[rows.eval_seed < e.eval_seeds].assign(row=e.name)
     return rows.assign(stale=(rows.digest != today) | (run.certificate["digest"] != today))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 # %% ../nbs/03_files.ipynb #cell-006
 def write_atomic(path, content: bytes) -> Path:
-    "Write bytes under a temporary name, flush them to disk, then move them into place; on any failure the old file stays"
+    "Write bytes under a temporary name, flush them to disk, then move them; on any failure the old file stays"
     path = Path(path)
     make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -28,14 +28,16 @@ def write_atomic(path, content: bytes) -> Path:
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({len(content):,} bytes): {error.strerror or error}; what was there before is untouched") from error
+        raise OSError(f"cannot write {path} ({len(content):,} bytes): {error.strerror or error}; "
+                      "what was there before is untouched") from error
     return path
 
 def make_folder(folder) -> Path:
-    "Make a folder and those above it; an OSError that names the file in the way"
+    "Make a folder and those above it; an OSError names the file that is in the way"
     folder = Path(folder)
     blocking = next((p for p in (folder, *folder.parents) if p.exists()), None)
-    if blocking is not None and not blocking.is_dir(): raise OSError(f"cannot write below {folder}: {blocking} is a file, not a folder; choose another output folder")
+    if blocking is not None and not blocking.is_dir():
+        raise OSError(f"cannot write below {folder}: {blocking} is a file, not a folder; choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -46,7 +48,8 @@ def write_json(path, value) -> Path:
 def read_json(path):
     "Read JSON; a damaged file gives a ValueError that names it"
     try: return json.loads(Path(path).read_text())
-    except ValueError as error: raise DamagedFile(f"{path} is not valid JSON ({error}); delete it or restore a copy") from None
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON ({error}); delete it or restore a copy") from None
 
 class DamagedFile(ValueError): "A file that is truncated, altered, or not ddrepro's"
 
@@ -60,7 +63,7 @@ def digest(tensors: dict, meta: dict) -> str:
     return sha.hexdigest()
 
 def save_tensors(
-    path,
+    path,           # of the file, conventionally .safetensors
     tensors: dict,  # name → tensor
     kind: str,      # what the file is: "checkpoint", "means", "distilled", …
     meta: dict      # plain data
@@ -71,18 +74,21 @@ def save_tensors(
     return write_atomic(path, tensors_to_bytes(tensors, header))
 
 def load_tensors(
-    path, kind: str
-) -> tuple:  # (name → tensor, metadata)
+    path,
+    kind: str              # what the file has to be, as `save_tensors` was told
+) -> tuple[dict, dict]:    # name → tensor; metadata
     "Read what `save_tensors` wrote; DamagedFile where it is truncated, altered, foreign or of another kind"
     content = Path(path).read_bytes()
     try:
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8:8 + size]).get("__metadata__") or {}
-        tensors, found = tensors_from_bytes(content), header.get("ddrepro")
+        tensors = tensors_from_bytes(content)
+        stored_kind = header.get("ddrepro")
     except (SafetensorError, ValueError, AttributeError, OverflowError) as error:
         raise DamagedFile(f"{path} is damaged or not a safetensors file ({error})") from None
-    if found != kind: raise DamagedFile(f"{path} is not a ddrepro {kind} file (it says {found!r})")
+    if stored_kind != kind: raise DamagedFile(f"{path} is not a ddrepro {kind} file (it says {stored_kind!r})")
     try: meta = json.loads(header["meta"])
     except (KeyError, ValueError): raise DamagedFile(f"{path} has unreadable metadata") from None
-    if digest(tensors, meta) != header.get("sha256"): raise DamagedFile(f"{path} does not match its checksum: it was altered or damaged")
+    if digest(tensors, meta) != header.get("sha256"):
+        raise DamagedFile(f"{path} does not match its checksum: it was altered or damaged")
     return tensors, meta

@@ -15,13 +15,17 @@ from .share import choose
 ORDERS = ("columns", "rows", "rows_fitted", "time")
 FILL = {"rows": 0.5, "time": 0.}    # of the padding where the factor does not divide: grey in [0, 1], silence
 
-def per_canvas(factor: int, order: str = "columns") -> int:
+def per_canvas(
+    factor: int,
+    order: str = "columns"   # of `ORDERS`
+) -> int:
     "Samples on one canvas"
     return factor if choose("order", order, ORDERS) == "time" else factor**2
 
-def cuts(side: int, parts: int) -> list:
+def cuts(side: int, parts: int) -> list[slice]:
     "`side` pixels in `parts` consecutive slices as equal as can be, the larger ones first"
-    sizes = [side // parts + (i < side % parts) for i in range(parts)]
+    larger = side % parts
+    sizes = [side // parts + 1 if i < larger else side // parts for i in range(parts)]
     return [slice(sum(sizes[:i]), sum(sizes[:i + 1])) for i in range(parts)]
 
 def blocks(
@@ -32,34 +36,38 @@ def blocks(
     "Where each block of a canvas is written"
     h, w = shape[-2:]
     if factor < 1 or factor > w or choose("order", order, ORDERS) == "columns" and (h % factor or w % factor):
-        raise ValueError(f"factor {factor} does not divide the canvas {h}×{w}; choose a factor that divides both sides, or 1")
-    rows, columns = [slice(0, h)] if order == "time" else cuts(h, factor), cuts(w, factor)
+        raise ValueError(f"factor {factor} does not divide the canvas {h}×{w}; "
+                         "choose a factor that divides both sides, or 1")
+    rows = [slice(0, h)] if order == "time" else cuts(h, factor)
+    columns = cuts(w, factor)
     return [(r, c) for c in columns for r in rows] if order == "columns" else [(r, c) for r in rows for c in columns]
 
 def padded(canvas: torch.Tensor, factor: int, order: str) -> torch.Tensor:
     "The canvas, filled up at the right and at the bottom until the factor divides it"
     h, w = canvas.shape[-2:]
     if order not in FILL: return canvas
-    return F.pad(canvas, (0, -w % factor, 0, 0 if order == "time" else -h % factor), value=FILL[order])
+    below = 0 if order == "time" else -h % factor
+    return F.pad(canvas, (0, -w % factor, 0, below), value=FILL[order])
 
 # %% ../nbs/13_formation.ipynb #cell-007
 def decode(
     canvas: torch.Tensor,    # (N, ch, H, W)
     factor: int,
-    order: str = "columns"
+    order: str = "columns"   # of `ORDERS`
 ) -> torch.Tensor:           # (per_canvas·N, ch, H, W), block-major
     "The samples of a canvas at full size"
     if factor == 1: return canvas
-    size, whole = canvas.shape[-2:], padded(canvas, factor, order)
+    whole = padded(canvas, factor, order)
     cut = [whole[..., rows, cols] for rows, cols in blocks(whole.shape, factor, order)]
-    enlarge = lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    return torch.cat([enlarge(x) for x in cut]) if order == "rows_fitted" else enlarge(torch.cat(cut))
+    enlarge = lambda x: F.interpolate(x, size=canvas.shape[-2:], mode="bilinear", align_corners=False)
+    if order == "rows_fitted": return torch.cat([enlarge(x) for x in cut])   # blocks of unequal size
+    return enlarge(torch.cat(cut))
 
 # %% ../nbs/13_formation.ipynb #cell-016
 def encode(
     samples: torch.Tensor,     # (per_canvas·N, ch, H, W), block-major
     factor: int,
-    order: str = "columns",
+    order: str = "columns",    # of `ORDERS`
     shrink: str = "bilinear"   # or "nearest"
 ) -> torch.Tensor:             # (N, ch, H, W)
     "Canvases whose blocks are the samples, shrunk"

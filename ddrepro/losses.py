@@ -14,7 +14,7 @@ from .share import choose
 def dm_loss(
     real_mean: torch.Tensor,  # (C, d)
     syn_mean: torch.Tensor    # (C, d)
-) -> torch.Tensor:
+) -> torch.Tensor:            # scalar
     "Squared distance of class means, summed over dimensions and classes"
     return (real_mean - syn_mean).square().sum()
 
@@ -22,25 +22,30 @@ def dm_loss(
 def jm_loss(
     ra: torch.Tensor, rv: torch.Tensor,  # real audio and visual means (C, d)
     sa: torch.Tensor, sv: torch.Tensor   # synthetic audio and visual means (C, d)
-) -> torch.Tensor:
+) -> torch.Tensor:                       # scalar
     "Joint matching (AVDD eq. 2)"
     _equal_widths("joint matching", ra, rv)
     return ((ra + rv) - (sa + sv)).square().sum()
 
-def mgm_loss(ra, rv, sa, sv) -> torch.Tensor:
-    "Modality gap matching (AVDD eq. 3), arguments as `jm_loss`"
+def mgm_loss(
+    ra: torch.Tensor, rv: torch.Tensor,  # real audio and visual means (C, d)
+    sa: torch.Tensor, sv: torch.Tensor   # synthetic audio and visual means (C, d)
+) -> torch.Tensor:                       # scalar
+    "Modality gap matching (AVDD eq. 3)"
     _equal_widths("modality gap matching", ra, rv)
     return ((ra + sv) - (rv + sa)).square().sum()
 
 def _equal_widths(loss, audio, visual):
+    "Raise ValueError unless the features of both modalities can be added"
     if audio.shape[-1] != visual.shape[-1]:
-        raise ValueError(f"{loss} adds audio and visual features, which needs equal widths: audio has {audio.shape[-1]}, visual has {visual.shape[-1]}")
+        raise ValueError(f"{loss} adds audio and visual features, which needs equal widths: "
+                         f"audio has {audio.shape[-1]}, visual has {visual.shape[-1]}")
 
 # %% ../nbs/21_losses.ipynb #cell-021
 def prototype_loss(
     real_mean: torch.Tensor,  # (C, d)
     syn_mean: torch.Tensor    # (C, d)
-) -> torch.Tensor:
+) -> torch.Tensor:            # scalar
     "Squared distance of class prototypes (DSDM eq. 3); the same function as `dm_loss`"
     return dm_loss(real_mean, syn_mean)
 
@@ -49,19 +54,24 @@ def covariance_loss(
     syn, *,                   # (C, n, d), or a list of (n_c, d)
     divisor: str = "n-1",     # of both covariances; "n" as the paper prints
     per_dim: bool = True      # divide by d
-) -> torch.Tensor:
+) -> torch.Tensor:            # scalar
     "Squared Frobenius distance of class covariances (DSDM eq. 5), through Gram matrices"
     less = 1 if choose("divisor", divisor, ("n-1", "n")) == "n-1" else 0
     total = sum(_covariance_distance(x, s, less) for x, s in zip(real, syn, strict=True))
     return total / real[0].shape[-1] if per_dim else total
 
 def _covariance_distance(x, s, less):
+    "The same for one class, (B, d) and (n, d), with divisors B − `less` and n − `less`; 0 where a side has one sample"
     if min(len(x), len(s)) < 2: return (0 * s).sum()
-    x, s, a, b = x - x.mean(0), s - s.mean(0), len(x) - less, len(s) - less
+    x, s = x - x.mean(0), s - s.mean(0)
+    a, b = len(x) - less, len(s) - less
     return gram_square(x) / a**2 - 2 * (x @ s.T).square().sum() / (a * b) + gram_square(s) / b**2
 
-def gram_square(x: torch.Tensor, whole: int = 64) -> torch.Tensor:
-    "‖xxᵀ‖² of (n, d): the product is symmetric, so that above `whole` rows its lower left quarter need not be computed"
+def gram_square(
+    x: torch.Tensor,          # (n, d)
+    whole: int = 64           # rows up to which the product is made at once
+) -> torch.Tensor:            # scalar
+    "‖xxᵀ‖²: the product is symmetric, so that above `whole` rows its lower left quarter need not be computed"
     if len(x) <= whole: return (x @ x.T).square().sum()
     first, second = x.chunk(2)
     return gram_square(first) + gram_square(second) + 2 * (first @ second.T).square().sum()
@@ -70,7 +80,7 @@ def historical_loss(
     syn_mean: torch.Tensor,   # (C, d)
     bank: torch.Tensor, *,    # (C, d), without gradient
     per_dim: bool = True      # divide by d, as the code does
-) -> torch.Tensor:
+) -> torch.Tensor:            # scalar
     "Squared distance of synthetic prototypes to the memory bank (DSDM eq. 6)"
     total = (syn_mean - bank).square().sum()
     return total / bank.shape[-1] if per_dim else total

@@ -22,27 +22,46 @@ class MemoryBank:
     scope: str = "shared"      # "shared" by all networks, or one "per_model"
 
     def __post_init__(self):
-        choose("bank_start", self.start, ("first", "zero")); choose("bank_scope", self.scope, ("shared", "per_model"))
+        choose("bank_start", self.start, ("first", "zero"))
+        choose("bank_scope", self.scope, ("shared", "per_model"))
         if not 0 <= self.smoothing <= 1: raise ValueError(f"smoothing must lie in [0, 1], got {self.smoothing}")
 
-    def empty(self, classes: int, width: int, models: int, like: torch.Tensor) -> dict:
-        "State before the first iteration: prototypes (banks, classes, d) and how often each bank was updated (banks,)"
+    def empty(
+        self, classes: int,
+        width: int,            # d
+        models: int,           # networks of the pool
+        like: torch.Tensor     # whose device and dtype the bank has
+    ) -> dict:                 # "bank": (banks, classes, d), "updates": (banks,), how often each was updated
+        "State before the first iteration"
         banks = models if self.scope == "per_model" else 1
-        return dict(bank=like.new_zeros(banks, classes, width), updates=torch.zeros(banks, dtype=torch.int64, device=like.device))
+        return dict(bank=like.new_zeros(banks, classes, width),
+                    updates=torch.zeros(banks, dtype=torch.int64, device=like.device))
 
-    def _at(self, model: int) -> int: return model if self.scope == "per_model" else 0
+    def bank_of(self, model: int) -> int:
+        "Which bank a network writes and reads"
+        return model if self.scope == "per_model" else 0
 
-    def read(self, state: dict, t: int, model: int):
-        "The bank (classes, d) that iteration `t` is held to, or None where the term is off"
-        i = self._at(model)
+    def read(
+        self, state: dict,     # as `empty` makes it
+        t: int,                # iteration
+        model: int             # index of its network
+    ):                         # (classes, d), or None where the term is off
+        "The bank that an iteration is held to"
+        i = self.bank_of(model)
         known = state["updates"][i] > 0 or self.start == "zero"
         return state["bank"][i] if t > max(self.after, 0) and known else None
 
-    def update(self, state: dict, prototypes: torch.Tensor, model: int) -> dict:
-        "State after an iteration whose new prototypes (classes, d) a network gave"
-        i, bank, updates = self._at(model), state["bank"].clone(), state["updates"].clone()
+    def update(
+        self, state: dict,         # as `empty` makes it; left as it is
+        prototypes: torch.Tensor,  # (classes, d), new ones
+        model: int                 # index of the network that gave them
+    ) -> dict:                     # like `state`
+        "State after an iteration"
+        i = self.bank_of(model)
+        bank, updates = state["bank"].clone(), state["updates"].clone()
         first = updates[i] == 0
         old = prototypes if first else bank[i]
-        bank[i] = torch.zeros_like(old) if first and self.start == "zero" else self.smoothing * old + (1 - self.smoothing) * prototypes
+        if first and self.start == "zero": bank[i] = torch.zeros_like(old)
+        else: bank[i] = self.smoothing * old + (1 - self.smoothing) * prototypes
         updates[i] += 1
         return dict(bank=bank, updates=updates)

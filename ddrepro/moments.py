@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'LONG_RUN', 'GRAPH_LIMIT', 'Compute', 'has_compiler', 'has_bfloat16', 'resolve_compute', 'even_chunks',
-           'forward', 'mean_features', 'graph_bytes', 'permutation', 'Sampler', 'real_batch', 'real_mean', 'features',
-           'real_features', 'same', 'needs_rebuild', 'synthetic_means', 'synthetic_features']
+           'forward', 'chunk_features', 'mean_features', 'graph_bytes', 'permutation', 'Sampler', 'real_batch',
+           'real_mean', 'features', 'real_features', 'same', 'needs_rebuild', 'synthetic_means', 'synthetic_features']
 
 # %% ../nbs/24_moments.ipynb #cell-003
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache
 import os, shutil
 
@@ -25,7 +25,8 @@ from .share import choose
 class Compute:
     "Resolved choices of how features are computed"
     device: str = "cpu"
-    precision: str = "float32"   # of convolutions: "float32", "bfloat16" (means and losses stay float32), "float64" for proofs
+    precision: str = "float32"   # of convolutions: "float32", "bfloat16" (means and losses stay float32),
+                                 # "float64" for proofs
     compile: bool = False        # torch.compile
     chunk: int = 64              # most samples in one forward pass
     threads: int = 1             # of the CPU, for the record: float32 results are bit-equal only at equal counts
@@ -51,30 +52,36 @@ def has_bfloat16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/24_moments.ipynb #cell-007
+LONG_RUN = 32 * 60     # iterations × width from which the half minute of compiling is regained
+
 def resolve_compute(
     device: str = "auto",      # "auto", "cpu", "cuda", "cuda:1"
     precision: str = "auto",   # "auto", "float32", "bfloat16", "float64"
     compile="auto",            # "auto", True, False
     chunk: int = 0,            # 0: on a CPU 32 compiled and 64 eager, 1024 on a GPU
-    width: int = 128, iterations: int = 10_000   # what the run is about to do: compiling pays for itself only in long ones
+    width: int = 128,          # of the networks, and
+    iterations: int = 10_000   # how many there will be: compiling pays for itself only in long runs
 ) -> Compute:
     "Decide everything left to `auto`"
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"): choose("device", device, ("auto", "cpu", "cuda"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for and torch finds no CUDA GPU; use device='cpu' or 'auto'")
     choose("precision", precision, ("auto", "float32", "bfloat16", "float64"))
     long_run = iterations * width >= LONG_RUN
     compiled = has_compiler(device) and long_run if compile == "auto" else bool(compile)
-    faster = device.startswith("cuda") or compiled and width >= 64      # narrow networks gain nothing from bfloat16 on a CPU
+    faster = on_gpu or compiled and width >= 64          # narrow networks gain nothing from bfloat16 on a CPU
     if precision == "auto": precision = "bfloat16" if faster and has_bfloat16(device) else "float32"
-    return Compute(device, precision, compiled, chunk or (1024 if device.startswith("cuda") else 32 if compiled else 64), torch.get_num_threads())
-
-LONG_RUN = 32 * 60     # iterations × width from which the half minute of compiling is regained
+    if not chunk: chunk = 1024 if on_gpu else 32 if compiled else 64
+    return Compute(device, precision, compile=compiled, chunk=chunk, threads=torch.get_num_threads())
 
 # %% ../nbs/24_moments.ipynb #cell-010
-def even_chunks(n: int, most: int) -> list:
-    "Sizes of the fewest pieces of at most `most`, as equal as can be: never a piece of one unless n is one"
+def even_chunks(
+    n: int,      # how many there are
+    most: int    # of them in one piece
+) -> list:       # of sizes
+    "Sizes of the fewest pieces, as equal as can be: never a piece of one unless n is one"
     pieces = -(-n // most)
     return [n // pieces + (i < n % pieces) for i in range(pieces)]
 
@@ -82,57 +89,94 @@ def _plain(net, x): return net(x)
 
 _compiled = None
 
-def forward(net, x, compute: Compute) -> torch.Tensor:
-    "Features (n, d) of one chunk, in the dtype of `compute`, under the resolved precision and backend"
+def forward(
+    net,
+    x: torch.Tensor,      # (n, ch, H, W)
+    compute: Compute
+) -> torch.Tensor:        # (n, d), in the dtype of `compute`
+    "Features of one chunk under the resolved precision and backend"
     global _compiled
     if compute.compile and _compiled is None: _compiled = torch.compile(_plain)
-    run, x = _compiled if compute.compile else _plain, x.contiguous()    # a cropped view has other strides: another graph to compile
+    run = _compiled if compute.compile else _plain
+    x = x.contiguous()    # a cropped view has other strides: another graph to compile
     if compute.precision != "bfloat16": return run(net.to(compute.dtype), x.to(compute.dtype))
     with torch.autocast(compute.device.split(":")[0], torch.bfloat16): return run(net, x).float()
 
-def mean_features(net, x: torch.Tensor, compute: Compute, rebuild: bool = False) -> torch.Tensor:
-    "Mean feature (d,) of the samples of one class; with `rebuild` the graph of a chunk is made again when its gradient is taken"
-    run = (lambda piece: checkpoint(forward, net, piece, compute, use_reentrant=False)) if rebuild else (lambda piece: forward(net, piece, compute))
-    return sum(run(piece).sum(0) for piece in x.split(even_chunks(len(x), compute.chunk))) / len(x)
+def chunk_features(
+    net,
+    x: torch.Tensor,      # (n, ch, H, W), of one class
+    compute: Compute,
+    rebuild: bool         # make the graph of a chunk again when its gradient is taken, instead of keeping it
+):                        # of (at most `compute.chunk`, d), in order
+    "Features of each chunk in turn"
+    for piece in x.split(even_chunks(len(x), compute.chunk)):
+        yield checkpoint(forward, net, piece, compute, use_reentrant=False) if rebuild else forward(net, piece, compute)
+
+def mean_features(
+    net,
+    x: torch.Tensor,          # (n, ch, H, W), of one class
+    compute: Compute,
+    rebuild: bool = False     # as `chunk_features`
+) -> torch.Tensor:            # (d,)
+    "Mean feature of the samples of one class"
+    return sum(piece.sum(0) for piece in chunk_features(net, x, compute, rebuild)) / len(x)
 
 GRAPH_LIMIT = 4 * 2**30   # bytes of activations kept for the backward pass; beyond it they are computed twice instead
 
 def graph_bytes(net, samples: int, shape: tuple) -> int:
-    "About what a ConvNet's activations take: three maps a block at its input's size, each block a quarter of the one before"
+    """About what a ConvNet's activations take
+
+    Three maps a block at its input's size, each block a quarter of the one before."""
     return int(samples * shape[-1] * shape[-2] * len(net.blocks[0][0].bias) * 4 * 3 * 4 / 3)
 
 # %% ../nbs/24_moments.ipynb #cell-018
 @lru_cache(256)
-def permutation(n: int, seed: int, c: int, number: int): return keyed_choice(n, n, seed, "matching/permutation", c, number)
+def permutation(n: int, seed: int, c: int, number: int):
+    "The order of class `c` in its walk of that number"
+    return keyed_choice(n, n, seed, "matching/permutation", c, number)
 
 @dataclass(frozen=True)
 class Sampler:
     "Draws of the matching side: real batches and siamese augmentation"
     batch: int                 # real samples a class
     strategy: str              # operations, joined by "_"
+    _: KW_ONLY
     share_augmentation: bool   # one ω for all classes (AVDD, IDM) or one a class (DM, DSA, DSDM)
     seed: int
     family: str = "dsa"        # "dsa", or the IDC family's "diffaug"
     stream: str = "fresh"      # "fresh": a new draw each iteration; "permutations": without replacement (IDC, DSDM)
 
-    def real_indices(self, own, t: int, c: int):
-        "Indices of the real batch of class `c`, whose samples are `own`"
-        if self.stream == "fresh": return own[keyed_choice(len(own), self.batch, self.seed, "matching/real", t, c)]
-        size = min(self.batch, len(own))
-        number, place = divmod(t, len(own) // size)          # the last, partial batch of a permutation is dropped
-        return own[permutation(len(own), self.seed, c, number)[place * size:(place + 1) * size]]
+    def real_indices(
+        self,
+        members,               # (n,) indices of the samples of the class
+        t: int, c: int         # iteration and class
+    ):                         # (min(batch, n),) of them
+        "Indices of a class's real batch"
+        if self.stream == "fresh":
+            return members[keyed_choice(len(members), self.batch, self.seed, "matching/real", t, c)]
+        size = min(self.batch, len(members))
+        number, place = divmod(t, len(members) // size)      # the last, partial batch of a permutation is dropped
+        return members[permutation(len(members), self.seed, c, number)[place * size:(place + 1) * size]]
 
     def omega(self, t: int, c: int, stream: str = "matching/dsa"):
         "The augmentation of iteration `t` and class `c`"
         indices = (t,) if self.share_augmentation else (t, c)
         return draw_augmentation(self.family, self.strategy, 1, self.seed, stream, *indices)
 
-    def key(self) -> dict: return asdict(self)
+    def key(self) -> dict:
+        "Everything the draws depend on, as plain data"
+        return asdict(self)
 
 # %% ../nbs/24_moments.ipynb #cell-023
-def real_batch(real, sampler: Sampler, modality: str, t: int, c: int, compute: Compute) -> torch.Tensor:
-    "The augmented real batch of class `c` at iteration `t`"
-    x = real.batch("train", sampler.real_indices(real.train.by_class[c], t, c), compute.device, [modality])[modality]
+def real_batch(
+    real,                      # RealData
+    sampler: Sampler, modality: str,
+    t: int, c: int,            # iteration and class
+    compute: Compute
+) -> torch.Tensor:             # (B, ch, H, W)
+    "The augmented real batch of a class"
+    rows = sampler.real_indices(real.train.by_class[c], t, c)
+    x = real.batch("train", rows, compute.device, [modality])[modality]
     return augment(x.to(compute.dtype), sampler.omega(t, c))
 
 @torch.no_grad()
@@ -140,10 +184,14 @@ def real_mean(real, net, sampler: Sampler, modality: str, t: int, c: int, comput
     "Mean feature (d,) of the augmented real batch of class `c` at iteration `t`"
     return mean_features(net, real_batch(real, sampler, modality, t, c, compute), compute)
 
-def features(net, x: torch.Tensor, compute: Compute, rebuild: bool = False) -> torch.Tensor:
-    "Features (n, d) of the samples of one class, chunk by chunk"
-    run = (lambda piece: checkpoint(forward, net, piece, compute, use_reentrant=False)) if rebuild else (lambda piece: forward(net, piece, compute))
-    return torch.cat([run(piece) for piece in x.split(even_chunks(len(x), compute.chunk))])
+def features(
+    net,
+    x: torch.Tensor,           # (n, ch, H, W), of one class
+    compute: Compute,
+    rebuild: bool = False      # as `chunk_features`
+) -> torch.Tensor:             # (n, d)
+    "Features of the samples of one class, chunk by chunk"
+    return torch.cat(list(chunk_features(net, x, compute, rebuild)))
 
 @torch.no_grad()
 def real_features(real, net, sampler: Sampler, modality: str, t: int, c: int, compute: Compute) -> torch.Tensor:
@@ -158,20 +206,28 @@ def needs_rebuild(net, canvases: torch.Tensor, samples: int) -> bool:
 
 def synthetic_means(
     canvases: torch.Tensor,    # (classes, IPC, ch, H, W)
-    net, sampler: Sampler, t: int, classes: tuple,
+    net, sampler: Sampler,
+    t: int,                    # iteration
+    classes: tuple,            # label of each row of the canvases
     factor: int, compute: Compute
 ) -> torch.Tensor:             # (classes, d), with gradient
     "Mean feature of every class's decoded, augmented synthetic samples"
     rebuild = needs_rebuild(net, canvases, canvases.shape[0] * canvases.shape[1] * factor**2)
-    return torch.stack([mean_features(net, augment(decode(x, factor), sampler.omega(t, c)), compute, rebuild) for x, c in zip(canvases, classes)])
+    samples = lambda x, c: augment(decode(x, factor), sampler.omega(t, c))
+    return torch.stack([mean_features(net, samples(x, c), compute, rebuild) for x, c in zip(canvases, classes)])
 
 # %% ../nbs/24_moments.ipynb #cell-024
 def synthetic_features(
     canvases: torch.Tensor,    # (classes, IPC, ch, H, W)
-    net, sampler: Sampler, t: int, classes: tuple,
+    net, sampler: Sampler,
+    t: int,                    # iteration
+    classes: tuple,            # label of each row of the canvases
     factor: int, compute: Compute, *,
-    order: str = "columns", normalise=same, stream: str = "matching/dsa"
+    order: str = "columns",    # how canvases are cut (`formation.ORDERS`)
+    normalise=same,            # from a decoded sample to what a network sees
+    stream: str = "matching/dsa"   # of the augmentation
 ) -> list:                     # a class: (IPC · per_canvas, d), with gradient
     "Features of every class's decoded, normalised, augmented synthetic samples"
     rebuild = needs_rebuild(net, canvases, canvases.shape[0] * canvases.shape[1] * per_canvas(factor, order))
-    return [features(net, augment(normalise(decode(x, factor, order)), sampler.omega(t, c, stream)), compute, rebuild) for x, c in zip(canvases, classes)]
+    samples = lambda x, c: augment(normalise(decode(x, factor, order)), sampler.omega(t, c, stream))
+    return [features(net, samples(x, c), compute, rebuild) for x, c in zip(canvases, classes)]

@@ -15,7 +15,7 @@ import torch
 
 from .dual import DualSpec, caption_embeddings, dual_net, layouts, load_vectors, vectors
 from .pair_training import PAIR_EXPERT, PairRecipe, train_pairs
-from .provenance import code_digest, short_hash
+from .provenance import short_hash, store_code
 from .trajectories import Buffer, Trajectories
 from .workers import side_by_side
 
@@ -83,7 +83,8 @@ def pair_expert_key(experts: PairExperts) -> dict:
     e = experts
     return dict(source="pair experts", data=e.real.fingerprint, image=image_facts(e.spec), text=dict(name=e.spec.text, width=e.d_text, dropout=e.spec.dropout),
                 recipe=asdict(replace(e.recipe, epochs=0)), seed=e.seed, layout={m: own.plain() for m, own in e.layouts.items()},
-                frozen=frozen_digest(e.net), device=e.device.split(":")[0], code=code_digest("ddrepro.pair_training"))
+                frozen=frozen_digest(e.net), device=e.device.split(":")[0],
+                code=store_code(pair_expert_jobs, train_pair_expert, type(e.real)))
 
 def image_facts(spec: DualSpec) -> dict: return {k: getattr(spec, k) for k in ("image", "width", "lora", "pretrained")}
 

@@ -35,7 +35,7 @@ class Parameter:
     def wanted(self) -> str:
         "The type as it is written: 'list[int] or None'"
         name = f"list[{self.items.__name__}]" if self.type is list else self.type.__name__
-        return name + " or None" * self.optional
+        return f"{name} or None" if self.optional else name
 
 
 def read_annotation(
@@ -65,10 +65,13 @@ def parse_parameters(
         match node:
             case ast.Expr(value=ast.Constant(value=str())): continue
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as value): pass
-            case _: raise ValueError(f"a parameters cell holds lines like 'ipc: int = 10  # what it is'; found {ast.unparse(node)!r}")
+            case _: raise ValueError("a parameters cell holds lines like 'ipc: int = 10  # what it is'; "
+                                     f"found {ast.unparse(node)!r}")
         try: default = ast.literal_eval(value)
-        except ValueError: raise ValueError(f"parameter {name!r} needs a plain value as its default; found {ast.unparse(value)}") from None
-        declared[name] = Parameter(name, default=default, help=comments.get(node.end_lineno, ""), **read_annotation(name, annotation))
+        except ValueError: raise ValueError(f"parameter {name!r} needs a plain value as its default; "
+                                            f"found {ast.unparse(value)}") from None
+        comment = comments.get(node.end_lineno, "")
+        declared[name] = Parameter(name, default=default, help=comment, **read_annotation(name, annotation))
     return declared
 
 # %% ../nbs/75_parameters.ipynb #cell-012
@@ -86,11 +89,14 @@ def parameters_help(
     declared: dict[str, Parameter],  # from declared_parameters
 ) -> str:
     "A line for each parameter: name, type, default and comment"
-    heads = [f"{p.name} ({p.wanted})" for p in declared.values()]
-    width = max(map(len, heads), default=0)
-    tails = [f"{p.help}{' ' * bool(p.help)}[{', '.join(map(str, p.default)) if p.type is list and p.default else p.default}]"
-             for p in declared.values()]
-    return "\n".join(f"{head:<{width}}  {tail}" for head, tail in zip(heads, tails))
+    heads = {name: f"{name} ({p.wanted})" for name, p in declared.items()}
+    width = max(map(len, heads.values()), default=0)
+    lines = []
+    for name, p in declared.items():
+        default = ", ".join(map(str, p.default)) if p.type is list and p.default else p.default
+        comment = f"{p.help} " if p.help else ""
+        lines.append(f"{heads[name]:<{width}}  {comment}[{default}]")
+    return "\n".join(lines)
 
 # %% ../nbs/75_parameters.ipynb #cell-019
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -129,21 +135,22 @@ def read_value(
     if parameter.optional and (value is None or isinstance(value, str) and value.lower() == "none"): return None
     many = parameter.type is list
     if many and isinstance(value, str): value = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
-    found = []
+    items = []
     for item in value if many and isinstance(value, (list, tuple)) else [value]:
-        try: found.append(read_scalar(item, parameter.items if many else parameter.type))
+        try: items.append(read_scalar(item, parameter.items if many else parameter.type))
         except ValueError:
             about = f"  ({parameter.help})" if parameter.help else ""
-            raise TypeError(f"parameter {parameter.name!r} must be {parameter.wanted}; got {as_written(item)}{about}") from None
-    return found if many else found[0]
+            raise TypeError(f"parameter {parameter.name!r} must be {parameter.wanted}; "
+                            f"got {as_written(item)}{about}") from None
+    return items if many else items[0]
 
 # %% ../nbs/75_parameters.ipynb #cell-023
 def check_parameters(
     declared: dict[str, Parameter],  # from declared_parameters
-    given: dict,  # values or texts by name, not necessarily of all
+    values: dict,  # values or texts by name, not necessarily of all
 ) -> dict:
-    "The given values with their declared types; unknown names and wrong types are refused"
-    return {name: read_value(declared[choose("parameter", name, declared)], value) for name, value in given.items()}
+    "The values with their declared types; unknown names and wrong types are refused"
+    return {name: read_value(declared[choose("parameter", name, declared)], value) for name, value in values.items()}
 
 # %% ../nbs/75_parameters.ipynb #cell-028
 def is_declaration(
@@ -159,14 +166,17 @@ def guard_parameters(
     history: list[str] | None = None,  # texts of the cells run so far; None: this notebook's
     namespace: dict | None = None,  # where the parameters live; None: this notebook's
 ) -> dict:
-    "Refuse parameters the notebook does not declare or that have the wrong type; return all of them, converted in place"
+    "Refuse parameters that the notebook does not declare or of the wrong type; return all of them, converted in place"
     if history is None or namespace is None:
         from IPython import get_ipython
         shell = get_ipython()
-        if shell is None: raise RuntimeError("guard_parameters() belongs in a notebook, in the cell after its parameters")
-        history, namespace = shell.user_ns["In"], shell.user_ns
+        if shell is None:
+            raise RuntimeError("guard_parameters() belongs in a notebook, in the cell after its parameters")
+        namespace = shell.user_ns
+        history = namespace["In"]
     places = [i for i, source in enumerate(history) if is_declaration(source)]
-    if not places: raise RuntimeError("no parameters cell was run before guard_parameters(); run the cells from the top")
+    if not places:
+        raise RuntimeError("no parameters cell was run before guard_parameters(); run the cells from the top")
     declared = parse_parameters(history[places[-1]])
     injected = [source for source in history[places[-1] + 1:] if source.startswith("# Parameters")]
     assignments = [node for source in injected[-1:] for node in ast.parse(source).body if isinstance(node, ast.Assign)]

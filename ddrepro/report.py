@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['nbformat', 'nbconvert', 'mistune', 'math_core', 'bs4', 'jinja2', 'markupsafe', 'pygments_html', 'CONVERTER',
-           'PROGRESS', 'SUMMARIES', 'ACTIVE', 'NUMBER', 'mathml', 'tex2mathml', 'MathRenderer', 'ReportExporter',
-           'without_progress', 'shown_output', 'shown_cell', 'disarm', 'list_contents', 'align_table',
-           'describe_images', 'code_colours', 'plain', 'write_page', 'finished_at', 'take_head', 'render_report',
-           'tagged_output', 'absent_lines', 'HeadReader', 'read_about', 'report_index']
+           'PROGRESS', 'SUMMARIES', 'ACTIVE', 'LOADING', 'FETCHING_STYLE', 'NUMBER', 'mathml', 'tex2mathml',
+           'MathRenderer', 'ReportExporter', 'without_progress', 'shown_output', 'shown_cell', 'disarm',
+           'list_contents', 'align_table', 'describe_images', 'code_colours', 'plain', 'write_page', 'finished_at',
+           'take_head', 'render_report', 'output_text', 'tagged_output', 'absent_lines', 'HeadReader', 'read_about',
+           'report_index']
 
 # %% ../nbs/76_report.ipynb #cell-003
 import html
@@ -43,7 +44,8 @@ def mathml(
     "TeX as MathML, or as code where it cannot be converted"
     tex = tex.strip()
     numbered = r"\tag" in tex and r"\begin" not in tex
-    try: return CONVERTER.convert_with_local_state(rf"\begin{{equation}}{tex}\end{{equation}}" if numbered else tex, displaystyle=block)
+    source = rf"\begin{{equation}}{tex}\end{{equation}}" if numbered else tex
+    try: return CONVERTER.convert_with_local_state(source, displaystyle=block)
     except math_core.LatexError: return f'<code class="tex">{html.escape(tex)}</code>'
 
 
@@ -69,9 +71,10 @@ class ReportExporter(nbconvert.HTMLExporter):
 
     @jinja2.pass_context
     def markdown2html(self, context, source):
-        cell, resources = context.get("cell", {}), context.get("resources", {})
+        attachments = context.get("cell", {}).get("attachments", {})
+        path = context.get("resources", {}).get("metadata", {}).get("path", "")
         renderer = MathRenderer(escape=False, embed_images=True, exclude_anchor_links=True,
-                                attachments=cell.get("attachments", {}), path=resources.get("metadata", {}).get("path", ""))
+                                attachments=attachments, path=path)
         return mistune.MarkdownWithMath(renderer=renderer).render(source)
 
     def default_filters(self):
@@ -113,13 +116,15 @@ def shown_cell(
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     if "hide-input" in tags or directives.get("echo") == "false": cell.source = ""
     cell.outputs = [] if "hide-output" in tags else [output for output in cell.outputs if shown_output(output)]
-    if not cell.outputs and cell.source.startswith(("if ", "for ")): return False     # a part of the notebook that was not asked for
+    if not cell.outputs and cell.source.startswith(("if ", "for ")): return False   # a part that was not asked for
     label = next((SUMMARIES[tag] for tag in SUMMARIES if tag in tags), "code")
     cell.metadata["summary"] = directives.get("code-summary", "").strip("\"'") or label
     return bool(cell.source.strip() or cell.outputs)
 
 # %% ../nbs/76_report.ipynb #cell-018
 ACTIVE = ["script", "link", "meta", "base", "iframe", "object", "embed", "form"]
+LOADING = {"src", "srcset", "poster", "data", "background"}      # attributes, beside every …href but a link's
+FETCHING_STYLE = re.compile(r"@import|url\(\s*['\"]?(?!data:)")
 
 
 def disarm(
@@ -128,10 +133,10 @@ def disarm(
     "Remove what would run code or reach for the network"
     for tag in soup.find_all(ACTIVE): tag.decompose()
     for style in soup.find_all("style"):
-        if style.has_attr("scoped") or re.search(r"@import|url\(\s*['\"]?(?!data:)", style.get_text()): style.decompose()
+        if style.has_attr("scoped") or FETCHING_STYLE.search(style.get_text()): style.decompose()
     for tag in soup.find_all(True):
         for name, value in list(tag.attrs.items()):
-            loads = name in {"src", "srcset", "poster", "data", "background"} or name.endswith("href") and tag.name != "a"
+            loads = name in LOADING or name.endswith("href") and tag.name != "a"
             outside = loads and not str(value).startswith(("data:", "#"))
             runs = name.startswith("on") or re.match(r"\s*(javascript|vbscript):", str(value), re.I)
             if outside or runs or name == "style" and "url(" in value: del tag[name]
@@ -145,7 +150,8 @@ def list_contents(
     soup,  # a BeautifulSoup; its headings get the ids that the list refers to
 ) -> list[dict]:
     "The sections of a page: level, id and text of each"
-    entries, used = [], {"content"}
+    entries = []
+    used = {"content"}
     for heading in soup.find_all(["h2", "h3"]):
         text = heading.get_text(" ", strip=True)
         stem = name = re.sub(r"\W+", "-", text.lower()).strip("-") or "section"
@@ -170,10 +176,12 @@ def align_table(
     for column in range(width):
         cells = [row[column] for row in body]
         texts = [cell.get_text().strip() for cell in cells]
-        numeric = any(texts) and all(NUMBER.fullmatch(text) for text in texts) and not any(cell.find("audio") for cell in cells)
-        for row in rows if numeric else []:
+        numeric = any(texts) and all(NUMBER.fullmatch(text) for text in texts)
+        if not numeric or any(cell.find("audio") for cell in cells): continue
+        for row in rows:
             if len(row) == width: row[column]["class"] = [*row[column].get("class", []), "num"]
-    for cell in table.find_all(style=re.compile("text-align")): cell["style"] = re.sub(r"text-align:\s*\w+;?", "", cell["style"])
+    for cell in table.find_all(style=re.compile("text-align")):
+        cell["style"] = re.sub(r"text-align:\s*\w+;?", "", cell["style"])
     for row in table.find_all("tr", style=re.compile(r"^\s*$|text-align")): del row["style"]
     table.wrap(bs4.BeautifulSoup("", "html.parser").new_tag("div", attrs={"class": "table"}))
 
@@ -193,9 +201,10 @@ def code_colours(
     dark: str = "github-dark",
 ) -> str:
     "Style rules for highlighted code in light and dark"
-    rules = {name: "\n".join(rule for rule in pygments_html.HtmlFormatter(style=name).get_style_defs(".highlight").splitlines()
-                             if re.match(r"\.highlight \.\w+ \{", rule)) for name in (light, dark)}
-    return f"{rules[light]}\n@media screen and (prefers-color-scheme: dark) {{\n{rules[dark]}\n}}"
+    def rules(style):
+        lines = pygments_html.HtmlFormatter(style=style).get_style_defs(".highlight").splitlines()
+        return "\n".join(line for line in lines if re.match(r"\.highlight \.\w+ \{", line))
+    return f"{rules(light)}\n@media screen and (prefers-color-scheme: dark) {{\n{rules(dark)}\n}}"
 
 
 def plain(
@@ -217,7 +226,8 @@ def write_page(
     css = share_path("data/report/report.css").read_text(encoding="utf-8") + code_colours()
     page = environment.get_template(template).render(css=markupsafe.Markup(css), version=__version__, **fields)
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError): raise NotADirectoryError(f"cannot write {path}: {path.parent} is not a folder") from None
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"cannot write {path}: {path.parent} is not a folder") from None
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file: file.write(page)
@@ -257,10 +267,11 @@ def render_report(
     headline: str = "",  # the main result in a line, for the index of reports
 ) -> Path:
     "Write an executed notebook as one self-contained HTML page and return its path"
-    source, path = Path(executed_notebook), Path(out_html)
+    source = Path(executed_notebook)
     nb = nbformat.read(source, as_version=4)
     nb.cells = [cell for cell in nb.cells if shown_cell(cell)]
-    exporter = ReportExporter(template_name="report", template_file="report.html.j2", extra_template_basedirs=[str(share_path("data"))])
+    exporter = ReportExporter(template_name="report", template_file="report.html.j2",
+                              extra_template_basedirs=[str(share_path("data"))])
     body, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": source.stem, "path": str(source.parent)}})
     soup = bs4.BeautifulSoup(body, "html.parser")
     disarm(soup)
@@ -270,11 +281,22 @@ def render_report(
     describe_images(soup)
     title = title or heading or source.stem
     about = {"title": title, "date": finished_at(nb), "headline": headline}
-    footer = f"Made by ddrepro {__version__} from {source.name}, {about['date']}. The page is complete: it loads nothing, runs no script."
-    return write_page(path, lang=nb.metadata.get("lang", "en"), title=title, lead=lead, contents=contents, body=markupsafe.Markup(soup),
-                      provenance={name: plain(value) for name, value in (provenance or {}).items()}, about=about, footer=footer)
+    facts = {name: plain(value) for name, value in (provenance or {}).items()}
+    footer = (f"Made by ddrepro {__version__} from {source.name}, {about['date']}. "
+              "The page is complete: it loads nothing, runs no script.")
+    return write_page(Path(out_html), lang=nb.metadata.get("lang", "en"), title=title, lead=lead, contents=contents,
+                      body=markupsafe.Markup(soup), provenance=facts, about=about, footer=footer)
 
 # %% ../nbs/76_report.ipynb #cell-038
+def output_text(
+    output,  # of a code cell
+) -> str:
+    "What an output prints; JSON before plain text"
+    if output.output_type == "stream": return output.text
+    data = output.get("data", {})
+    return json.dumps(data["application/json"]) if "application/json" in data else data.get("text/plain", "")
+
+
 def tagged_output(
     executed_notebook: str | Path,  # an .ipynb with its outputs
     tag: str,  # of the cells asked for: "final-table"
@@ -282,8 +304,7 @@ def tagged_output(
     "The text that cells with a tag show, or an empty string"
     nb = nbformat.read(executed_notebook, as_version=4)
     outputs = [o for c in nb.cells if c.cell_type == "code" and tag in c.metadata.get("tags", []) for o in c.outputs]
-    texts = [o.text if o.output_type == "stream" else json.dumps(o.data["application/json"]) if "application/json" in o.get("data", {})
-             else o.get("data", {}).get("text/plain", "") for o in outputs if o.get("name") != "stderr"]
+    texts = [output_text(o) for o in outputs if o.get("name") != "stderr"]
     return "\n".join(text.strip("\n") for text in texts if text.strip())
 
 # %% ../nbs/76_report.ipynb #cell-041
@@ -292,7 +313,8 @@ def absent_lines(
 ) -> list[str]:
     "'line: why it is empty' of the tables that a notebook shows, each once"
     nb = nbformat.read(executed_notebook, as_version=4)
-    pages = [o.data["text/html"] for c in nb.cells if c.cell_type == "code" for o in c.outputs if "text/html" in o.get("data", {})]
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
     notes = [note for page in pages for note in bs4.BeautifulSoup(page, "html.parser").select("th .absent")]
     return list(dict.fromkeys(f"{note.parent.find(string=True).strip()}: {note.get_text().strip()}" for note in notes))
 
@@ -308,7 +330,8 @@ class HeadReader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         fields = dict(attrs)
         name = fields.get("name") or ""
-        if tag == "meta" and name.startswith("ddrepro:"): self.about[name.removeprefix("ddrepro:")] = fields.get("content", "")
+        if tag != "meta" or not name.startswith("ddrepro:"): return
+        self.about[name.removeprefix("ddrepro:")] = fields.get("content", "")
 
 
 def read_about(
@@ -327,5 +350,6 @@ def report_index(
     pages = {page: read_about(page) for page in sorted(folder.glob("*.html")) if page.name != "index.html"}
     reports = [about | {"file": page.name} for page, about in pages.items() if "title" in about]
     reports.sort(key=lambda about: about.get("date", ""), reverse=True)
-    return write_page(folder / "index.html", template="index.html.j2", lang="en", title="Reports", reports=reports, about={},
-                      lead="Papers on dataset distillation, reproduced and checked.", footer=f"Made by ddrepro {__version__}.")
+    return write_page(folder / "index.html", template="index.html.j2", lang="en", title="Reports", about={},
+                      lead="Papers on dataset distillation, reproduced and checked.", reports=reports,
+                      footer=f"Made by ddrepro {__version__}.")

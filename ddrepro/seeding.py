@@ -18,7 +18,7 @@ def key_bits(
     stream: str,      # what is drawn, for example "real_batch"
     *indices: int|str # iteration, class, sample …
 ) -> int:             # 128-bit integer
-    "BLAKE2 of the canonical text of a key; refuses anything but integers and strings"
+    "BLAKE2 of the canonical text of a key; TypeError where a part is neither an integer nor a string"
     parts = [seed, stream, *indices]
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, (int, np.integer, str)):
@@ -34,7 +34,8 @@ def keyed(seed: int, stream: str, *indices: int|str) -> np.random.Generator:
 # %% ../nbs/00_seeding.ipynb #cell-014
 def keyed_uniform(shape: tuple, seed: int, stream: str, *indices: int|str) -> torch.Tensor:
     "float32 uniforms in [0, 1) of `shape`; row i is the same for every number of rows"
-    return torch.from_numpy(keyed(seed, stream, *indices).random(shape).astype(np.float32)).clamp_(max=1 - 2**-24)
+    draws = keyed(seed, stream, *indices).random(shape)
+    return torch.from_numpy(draws.astype(np.float32)).clamp_(max=1 - 2**-24)
 
 def keyed_normal(shape: tuple, seed: int, stream: str, *indices: int|str) -> torch.Tensor:
     "float32 standard normals of `shape`"
@@ -42,7 +43,7 @@ def keyed_normal(shape: tuple, seed: int, stream: str, *indices: int|str) -> tor
 
 # %% ../nbs/00_seeding.ipynb #cell-017
 def keyed_choice(n: int, k: int, seed: int, stream: str, *indices: int|str) -> np.ndarray:
-    "min(`k`, `n`) different integers below `n`, in random order"
+    "min(`k`, `n`) different integers below `n`, in random order: (min(k, n),) int64"
     return np.argsort(keyed(seed, stream, *indices).random(n), kind="stable")[:k]
 
 def keyed_int(n: int, seed: int, stream: str, *indices: int|str) -> int:

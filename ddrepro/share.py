@@ -33,23 +33,25 @@ def share_path(
                             "Reinstall ddrepro, or restore the file from its repository.")
 
 
-def _nearest(given, allowed):
-    "'; the nearest is ...' where something allowed looks like what was given, else nothing"
-    given, names = str(given).lower(), {str(a).lower(): str(a) for a in allowed}
-    matches = sorted((n for n in names if given and n.startswith(given)), key=len) or difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+def _nearest(value, allowed):
+    "'; the nearest is ...' where something allowed looks like `value`, else nothing"
+    written = str(value).lower()
+    names = {str(a).lower(): str(a) for a in allowed}
+    matches = sorted((n for n in names if written and n.startswith(written)), key=len)
+    if not matches: matches = difflib.get_close_matches(written, names, n=1, cutoff=0.5)
     return f"; the nearest is {names[matches[0]]!r}" if matches else ""
 
 # %% ../nbs/01_share.ipynb #cell-013
 def choose(
     argument: str,  # the argument's name as the caller wrote it
-    given,  # what was given for it
+    value,  # what the caller gave for it
     allowed,  # the values it may have
 ):
-    "Return `given` if it is among `allowed`; otherwise raise a ValueError that helps"
+    "Return `value` if it is among `allowed`; otherwise raise a ValueError that helps"
     allowed = list(allowed)
-    if given in allowed: return given
+    if value in allowed: return value
     options = ", ".join(repr(a) for a in allowed)
-    raise ValueError(f"{argument} must be one of {options}; got {given!r}{_nearest(given, allowed)}")
+    raise ValueError(f"{argument} must be one of {options}; got {value!r}{_nearest(value, allowed)}")
 
 # %% ../nbs/01_share.ipynb #cell-017
 def need(

@@ -15,14 +15,16 @@ def paired_difference(
     rows: pd.DataFrame,         # tidy rows with row, modality, seed, accuracy
     a: str, b: str,             # names of the two rows
     modality: str = "AV",
-    confidence: float = 0.95
-) -> dict:
+    confidence: float = 0.95    # of the interval
+) -> dict:                      # a, b, modality; difference, its interval (low, high), p; seeds, how many pairs
     "a − b over distillation seeds: mean difference, t interval, p-value"
     means = rows[rows.modality == modality].groupby(["row", "seed"]).accuracy.mean()
+    names = means.index.get_level_values(0).unique()
     for name in (a, b):
-        if name not in means.index.get_level_values(0): raise ValueError(f"there is no row {name!r}; there are {sorted(means.index.get_level_values(0).unique())}")
+        if name not in names: raise ValueError(f"there is no row {name!r}; there are {sorted(names)}")
     difference = (means[a] - means[b]).dropna()
-    n, mean = len(difference), difference.mean() if len(difference) else np.nan
+    n = len(difference)
+    mean = difference.mean() if n else np.nan
     error = difference.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     half = student.ppf((1 + confidence) / 2, n - 1) * error if n > 1 else np.nan
     if n < 2: p = np.nan
@@ -31,24 +33,36 @@ def paired_difference(
     return dict(a=a, b=b, modality=modality, difference=mean, low=mean - half, high=mean + half, p=p, seeds=n)
 
 # %% ../nbs/71_statistics.ipynb #cell-008
-def holm(p) -> np.ndarray:
+def holm(
+    p             # (m,) p-values
+) -> np.ndarray:  # (m,)
     "Holm-corrected p-values; NaN stays NaN and does not count"
     p = np.asarray(p, float)
-    corrected, known = np.full_like(p, np.nan), np.flatnonzero(~np.isnan(p))
+    corrected = np.full_like(p, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known])]
     corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return corrected
 
-def verdict(difference, low, high, p_holm, seeds, alpha=0.05) -> str:
+def verdict(
+    difference, low, high,   # a − b and its interval
+    p_holm, seeds,           # corrected p-value, and of how many seeds
+    alpha=0.05
+) -> str:
     "'holds' (a is better), 'fails' (b is better) or 'undecided'"
     decided = p_holm < alpha if seeds >= 5 else (low > 0 or high < 0)
-    return ("holds" if difference > 0 else "fails") if decided else "undecided"
+    if not decided: return "undecided"
+    return "holds" if difference > 0 else "fails"
 
-def compare(rows: pd.DataFrame, claims: list, modality="AV") -> pd.DataFrame:
-    "Every claim 'a is better than b' of one table, in one modality or in each of several, corrected together; empty without claims"
+def compare(
+    rows: pd.DataFrame,      # tidy rows of one table
+    claims: list,            # of (a, b): a is better than b
+    modality="AV"            # or several
+) -> pd.DataFrame:           # a row a claim and modality, as `paired_difference`, with p_holm and verdict
+    "Every claim of one table, corrected together; empty without claims"
     several = [modality] if isinstance(modality, str) else modality
-    found = pd.DataFrame([paired_difference(rows, a, b, m) for m in several for a, b in claims])
-    if not len(found): return found
-    found["p_holm"] = holm(found.p)
-    found["verdict"] = [verdict(r.difference, r.low, r.high, r.p_holm, r.seeds) for r in found.itertuples()]
-    return found
+    results = pd.DataFrame([paired_difference(rows, a, b, m) for m in several for a, b in claims])
+    if not len(results): return results
+    results["p_holm"] = holm(results.p)
+    results["verdict"] = [verdict(r.difference, r.low, r.high, r.p_holm, r.seeds) for r in results.itertuples()]
+    return results

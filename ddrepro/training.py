@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'dc_recipe', 'idc_recipe', 'get_recipe', 'rate_factor', 'part_of', 'make_optimiser', 'set_rates',
-           'train', 'check_cutmix', 'shuffled', 'training_batch', 'training_loss', 'mixed_loss', 'accuracies',
-           'new_net', 'train_together', 'together', 'hand_back']
+           'train', 'check_cutmix', 'shuffled', 'TrainingBatch', 'training_batch', 'training_loss', 'mixed_loss',
+           'accuracies', 'new_net', 'train_together', 'stack_batches', 'hand_back']
 
 # %% ../nbs/15_training.ipynb #cell-003
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -31,77 +31,111 @@ class Recipe:
     batch: int
     optimiser: str = "adam"                       # "adam" or "sgd"
     rates: dict = field(default_factory=dict)     # modality, "head", or "head/" and a modality → learning rate
-    rate: float = 1e-3                            # of everything not named in rates; None: the rate learned with a distilled set
+    rate: float = 1e-3                            # of what is not in rates; None: the rate learned with a distilled set
     momentum: float = 0.9                         # sgd; for adam β₁
     weight_decay: float = 0.0
     drops: tuple = ()                             # epoch indices after which every rate is multiplied by drop_by
     drop_by: float = 0.1
     restart: bool = False                         # a drop makes a new optimiser: momentum begins at zero again
     augment: bool = True                          # by the data's strategy, parameters a sample
-    family: str = "dsa"                           # "dsa": one operation a batch; "diffaug": the IDC family's composition
+    family: str = "dsa"                           # "dsa": one operation a batch; "diffaug": IDC's composition
     strategy: str = None                          # operations; default the data's
     without: tuple = ()                           # operations left out of the strategy
     cutmix: float = 0.                            # probability that a batch is mixed
-    checks: int = 0                               # times the test part is scored on the way, for the best-of column alone
+    checks: int = 0                               # times the test part is scored on the way, for the best-of column
     version: int = 2
 
     def __post_init__(self):
         if self.family not in FAMILIES: choose("augmentation family", self.family, FAMILIES)
         for n in ("drops", "without"): object.__setattr__(self, n, tuple(getattr(self, n)))
 
-    def strategy_for(self, strategy: str) -> str:
+    def strategy_for(
+        self,
+        strategy: str  # of the data: names joined by "_"
+    ) -> str:          # names joined by "_"; "" for no augmentation
         "Operations this recipe applies to data whose own strategy is given"
-        names = (strategy if self.strategy is None else self.strategy).split("_") if self.augment else []
+        if not self.augment: return ""
+        names = (strategy if self.strategy is None else self.strategy).split("_")
         return "_".join(n for n in names if n not in self.without)
 
 # %% ../nbs/15_training.ipynb #cell-007
-def dc_recipe(epochs: int = 1000, **changes) -> Recipe:
-    "The DC family's: E + 1 passes of SGD, batch 256, one drop after pass index E//2 + 1 (protocols §1.3)"
-    return replace(Recipe("dc", epochs + 1, 256, "sgd", rate=0.01, weight_decay=5e-4, drops=(epochs // 2 + 1,), restart=True), **changes)
+def dc_recipe(
+    epochs: int = 1000,  # E
+    **changes            # fields of the Recipe
+) -> Recipe:
+    "The DC family's: E + 1 passes of SGD, batch 256, one drop after pass index E//2 + 1"
+    published = Recipe("dc", epochs + 1, 256, "sgd", rate=0.01, weight_decay=5e-4,
+                       drops=(epochs // 2 + 1,), restart=True)
+    return replace(published, **changes)
 
-def idc_recipe(epochs: int = 1500, **changes) -> Recipe:
+def idc_recipe(
+    epochs: int = 1500,  # E
+    **changes            # fields of the Recipe
+) -> Recipe:
     "The IDC family's and DSDM's: SGD, batch 64, rates × 0.2 at 2E/3 and 5E/6, composed DiffAug without cutout, CutMix"
-    return replace(Recipe("idc", epochs, 64, "sgd", rate=0.01, weight_decay=5e-4, drops=(2 * epochs // 3 - 1, 5 * epochs // 6 - 1), drop_by=0.2,
-                          family="diffaug", without=("cutout",), cutmix=0.5, checks=4), **changes)
+    published = Recipe("idc", epochs, 64, "sgd", rate=0.01, weight_decay=5e-4,
+                       drops=(2 * epochs // 3 - 1, 5 * epochs // 6 - 1), drop_by=0.2,
+                       family="diffaug", without=("cutout",), cutmix=0.5, checks=4)
+    return replace(published, **changes)
 
-_avdd = Recipe("avdd", epochs=30, batch=32, rates={"image": 1e-4, "audio": 1e-3, "head": 1e-3}, weight_decay=1e-4, drops=(10, 20))
+_avdd = Recipe("avdd", epochs=30, batch=32, rates={"image": 1e-4, "audio": 1e-3, "head": 1e-3}, weight_decay=1e-4,
+               drops=(10, 20))
 RECIPES = {
     "avdd": _avdd,
     "avdd_whole": replace(_avdd, name="avdd_whole", augment=False),
-    "dc": dc_recipe(), "mtt": dc_recipe(name="mtt", rate=None), "dc_plain": dc_recipe(300, name="dc_plain", augment=False),
-    "idc": idc_recipe(1000), "dsdm": idc_recipe(name="dsdm"),
+    "dc": dc_recipe(),
+    "mtt": dc_recipe(name="mtt", rate=None),
+    "dc_plain": dc_recipe(300, name="dc_plain", augment=False),
+    "idc": idc_recipe(1000),
+    "dsdm": idc_recipe(name="dsdm"),
     "speech": idc_recipe(name="speech", augment=False, cutmix=0.),
     "embedding": Recipe("embedding", 30, 64, "sgd", rate=0.01, weight_decay=5e-4, augment=False),
-    "pool": Recipe("pool", 20, 256, "sgd", rate=0.01, weight_decay=5e-4, family="diffaug", strategy="color_crop", cutmix=0.5),
+    "pool": Recipe("pool", 20, 256, "sgd", rate=0.01, weight_decay=5e-4, family="diffaug", strategy="color_crop",
+                   cutmix=0.5),
 }
 
-def get_recipe(recipe) -> Recipe:
+def get_recipe(recipe: Recipe | str) -> Recipe:
     "A Recipe, or a registered one by name"
     return recipe if isinstance(recipe, Recipe) else RECIPES[choose("recipe", recipe, RECIPES)]
 
 # %% ../nbs/15_training.ipynb #cell-010
-def rate_factor(recipe: Recipe, epoch: int) -> float:
+def rate_factor(
+    recipe: Recipe,
+    epoch: int  # index of the pass, from 0
+) -> float:
     "What every rate is multiplied by in the pass with this index"
     return recipe.drop_by ** sum(epoch > d for d in recipe.drops)
 
-def part_of(parameter: str, recipe: Recipe) -> str:
-    "Which of a recipe's rates a parameter of a FusionNet has: its branch's, its own head's, or the head's"
+def part_of(
+    parameter: str,  # its name in a FusionNet
+    recipe: Recipe
+) -> str:            # a modality, "head", or "head/" and a modality
+    "Which of a recipe's rates a parameter has: its branch's, its own head's, or the head's"
     if parameter.startswith("branches."): return parameter.split(".")[1]
-    own = "/".join(["head", *parameter.split(".")[2:3]])
-    return own if own in recipe.rates else "head"
+    head = "/".join(["head", *parameter.split(".")[2:3]])
+    return head if head in recipe.rates else "head"
 
-def make_optimiser(parameters: dict, recipe: Recipe):
-    "The recipe's optimiser with one group for each of its rates; `parameters` by their names in a FusionNet"
-    groups = {}
-    for name, p in parameters.items(): groups.setdefault(part_of(name, recipe), []).append(p)
-    if recipe.rate is None and (without := set(groups) - set(recipe.rates)):
-        raise ValueError(f"recipe {recipe.name} has no rate of its own for {' and '.join(sorted(without))}: it trains with the rate learned with a distilled set")
-    groups = [dict(params=found, lr=recipe.rates.get(part, recipe.rate)) for part, found in groups.items()]
+def make_optimiser(
+    parameters: dict,  # name in a FusionNet → parameter
+    recipe: Recipe
+) -> torch.optim.Optimizer:
+    "The recipe's optimiser with one group for each of its rates"
+    parts = {}
+    for name, p in parameters.items(): parts.setdefault(part_of(name, recipe), []).append(p)
+    if recipe.rate is None and (without := set(parts) - set(recipe.rates)):
+        raise ValueError(f"recipe {recipe.name} has no rate of its own for {' and '.join(sorted(without))}: "
+                         "it trains with the rate learned with a distilled set")
+    groups = [dict(params=params, lr=recipe.rates.get(part, recipe.rate)) for part, params in parts.items()]
     if choose("optimiser", recipe.optimiser, ("adam", "sgd")) == "adam":
         return torch.optim.Adam(groups, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay, foreach=True)
     return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True)
 
-def set_rates(optimiser, recipe: Recipe, base: list, epoch: int):
+def set_rates(
+    optimiser: torch.optim.Optimizer,
+    recipe: Recipe,
+    base: list,  # the first rate of every parameter group
+    epoch: int   # index of the pass, from 0
+):
     "The rates of a pass; forgets momentum where a drop makes a new optimiser"
     for group, rate in zip(optimiser.param_groups, base): group["lr"] = rate * rate_factor(recipe, epoch)
     if recipe.restart and rate_factor(recipe, epoch) != rate_factor(recipe, epoch - 1): optimiser.state.clear()
@@ -113,15 +147,16 @@ def train(
     labels: torch.Tensor,      # (N,)
     recipe: Recipe,
     strategy: str,             # DSA string of the data
-    seed: int, *indices,       # key of the order and the augmentation
+    seed: int, *indices,       # key of the order and the augmentation; pass and batch are added to it
     epochs: int = None,        # default the recipe's
     after_epoch=None,          # called with (epoch, mean loss): snapshots, curves
     progress: str = None       # label of a progress bar
 ) -> int:                      # update steps taken
     "Train in place; the last batch of a pass may be smaller"
     check_cutmix(recipe, inputs)
-    optimiser, steps = make_optimiser(dict(net.named_parameters()), recipe), 0
+    optimiser = make_optimiser(dict(net.named_parameters()), recipe)
     base = [g["lr"] for g in optimiser.param_groups]
+    steps = 0
     for epoch in tqdm(range(epochs or recipe.epochs), desc=progress, disable=progress is None, leave=False):
         set_rates(optimiser, recipe, base, epoch)
         net.train()
@@ -131,88 +166,154 @@ def train(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            total, steps = total + loss.detach() * len(chosen), steps + 1
+            total = total + loss.detach() * len(chosen)
+            steps += 1
         if after_epoch: after_epoch(epoch, float(total) / len(labels))
     return steps
 
 # %% ../nbs/15_training.ipynb #cell-014
 def check_cutmix(recipe: Recipe, inputs: dict):
-    if recipe.cutmix and len(inputs) > 1: raise ValueError(f"recipe {recipe.name} mixes batches (CutMix), which is for one modality; got {' and '.join(inputs)}")
+    "Raise ValueError for a recipe with CutMix where there are several modalities"
+    if recipe.cutmix and len(inputs) > 1:
+        raise ValueError(f"recipe {recipe.name} mixes batches (CutMix), which is for one modality; "
+                         f"got {' and '.join(inputs)}")
 
-def shuffled(labels, recipe: Recipe, *key) -> tuple:
+def shuffled(
+    labels: torch.Tensor,  # (N,)
+    recipe: Recipe,
+    seed: int, *indices    # key of the order; the last index is the pass
+) -> tuple:                # of index tensors on the labels' device, `recipe.batch` long but for the last
     "Index batches of one pass"
-    return torch.from_numpy(keyed_choice(len(labels), len(labels), key[0], "train/order", *key[1:])).to(labels.device).split(recipe.batch)
+    order = torch.from_numpy(keyed_choice(len(labels), len(labels), seed, "train/order", *indices))
+    return order.to(labels.device).split(recipe.batch)
 
-def training_batch(inputs: dict, labels, chosen, recipe: Recipe, strategy: str, seed: int, *indices) -> tuple:
-    "(augmented and mixed inputs, labels, labels of the partners, share of the first)"
-    batch, own, names = {m: x[chosen] for m, x in inputs.items()}, labels[chosen], recipe.strategy_for(strategy)
-    if names: batch = {m: augment(x, draw_augmentation(recipe.family, names, len(x), seed, f"train/augment/{m}", *indices)) for m, x in batch.items()}
-    partners, share = own, 1.
-    if drawn := recipe.cutmix and draw_cutmix(len(own), recipe.cutmix, seed, "train", *indices):
-        for m in batch: batch[m], partners, share = apply_cutmix(batch[m], own, drawn)
-    return batch, own, partners, share
+class TrainingBatch(NamedTuple):
+    "A batch as the loss takes it; without CutMix the partners are the labels themselves and the share is 1"
+    inputs: dict            # modality → (B, …), augmented and mixed
+    labels: torch.Tensor    # (B,)
+    partners: torch.Tensor  # (B,) labels of the samples whose boxes were pasted
+    share: float            # q: of the pixels that are a sample's own
 
-def training_loss(logits: dict, labels: torch.Tensor) -> torch.Tensor:
+def training_batch(
+    inputs: dict,          # modality → normalised (N, …)
+    labels: torch.Tensor,  # (N,)
+    chosen: torch.Tensor,  # (B,) indices into both
+    recipe: Recipe,
+    strategy: str,         # DSA string of the data
+    seed: int, *indices    # key of augmentation and mixture; the last two indices are the pass and the batch
+) -> TrainingBatch:
+    "The chosen samples, augmented and mixed"
+    batch = {m: x[chosen] for m, x in inputs.items()}
+    own_labels = labels[chosen]
+    names = recipe.strategy_for(strategy)
+    if names:
+        for m, x in batch.items():
+            drawn = draw_augmentation(recipe.family, names, len(x), seed, f"train/augment/{m}", *indices)
+            batch[m] = augment(x, drawn)
+    mixture = draw_cutmix(len(own_labels), recipe.cutmix, seed, "train", *indices) if recipe.cutmix else None
+    if mixture is None: return TrainingBatch(batch, own_labels, own_labels, 1.)
+    (m, x), = batch.items()
+    mixed, partners, share = apply_cutmix(x, own_labels, mixture)
+    return TrainingBatch({m: mixed}, own_labels, partners, share)
+
+def training_loss(
+    logits: dict,         # head → (B, classes)
+    labels: torch.Tensor  # (B,)
+) -> torch.Tensor:        # scalar
     "Sum over heads of the mean cross-entropy"
     return sum(F.cross_entropy(x, labels) for x in logits.values())
 
-def mixed_loss(net, batch: dict, labels, partners, share) -> torch.Tensor:
-    "Loss of a batch that holds a share of the partners' pixels (methods §0.3)"
+def mixed_loss(
+    net,                     # modality → (B, …) to head → (B, classes)
+    batch: dict,             # the fields of a TrainingBatch
+    labels: torch.Tensor,
+    partners: torch.Tensor,
+    share
+) -> torch.Tensor:           # scalar
+    "Loss of a batch that holds a share of the partners' pixels"
     logits = net(batch)
-    return training_loss(logits, labels) if partners is labels else share * training_loss(logits, labels) + (1 - share) * training_loss(logits, partners)
+    if partners is labels: return training_loss(logits, labels)
+    return share * training_loss(logits, labels) + (1 - share) * training_loss(logits, partners)
 
 # %% ../nbs/15_training.ipynb #cell-016
 @torch.no_grad()
 def accuracies(
-    net: FusionNet, inputs: dict, labels: torch.Tensor, batch: int = 256
-) -> dict:  # modality, and "joint" for several → percent correct
+    net: FusionNet,
+    inputs: dict,          # modality → normalised (N, …)
+    labels: torch.Tensor,  # (N,)
+    batch: int = 256       # samples at a time
+) -> dict:                 # modality, and "joint" for several → percent correct
     "Accuracy of every head, and of their average where there are several"
     net.eval()
     right = {}
     for start in range(0, len(labels), batch):
         logits = net({m: x[start:start + batch] for m, x in inputs.items()})
         if len(logits) > 1: logits["joint"] = fused_probabilities(logits)
-        for name, x in logits.items(): right[name] = right.get(name, 0) + (x.argmax(1) == labels[start:start + batch]).sum()
+        for name, x in logits.items():
+            right[name] = right.get(name, 0) + (x.argmax(1) == labels[start:start + batch]).sum()
     return {name: 100 * int(n) / len(labels) for name, n in right.items()}
 
-def new_net(specs: dict, shapes: dict, classes: int, fusion: str, seed: int, *indices, stream="train/net") -> FusionNet:
+def new_net(
+    specs: dict,          # modality → NetSpec
+    shapes: dict,         # modality → (channels, height, width) of one sample
+    classes: int,
+    fusion: str,          # "ensemble", "concat", "sum", "attention", "linear"
+    seed: int, *indices,  # key of the initial parameters
+    stream: str = "train/net"
+) -> FusionNet:
     "A freshly initialised fusion network that belongs to a key"
     with isolated_rng(seed, stream, *indices): return FusionNet(specs, shapes, classes, fusion)
 
 # %% ../nbs/15_training.ipynb #cell-025
 def train_together(
     nets: list,                # FusionNets of one shape, without buffers
-    inputs: dict, labels: torch.Tensor,
-    recipe: Recipe, strategy: str,
-    keys: list,                # (seed, *indices) of every network
-    epochs: int = None, after_epoch=None, progress: str = None
-) -> int:
+    inputs: dict,              # modality → normalised (N, …)
+    labels: torch.Tensor,      # (N,)
+    recipe: Recipe,
+    strategy: str,             # DSA string of the data
+    keys: list,                # (seed, *indices) of every network, as `train` takes them
+    epochs: int = None,        # default the recipe's
+    after_epoch=None,          # called with (epoch, None)
+    progress: str = None       # label of a progress bar
+) -> int:                      # update steps that every network took
     "Train several networks in place, each as `train` would with its own key"
-    if buffers := [n for n, _ in nets[0].named_buffers()]: raise ValueError(f"networks with running statistics cannot be trained together: {buffers[0]}")
+    if buffers := [n for n, _ in nets[0].named_buffers()]:
+        raise ValueError(f"networks with running statistics cannot be trained together: {buffers[0]}")
     check_cutmix(recipe, inputs)
-    stacked, template = stack_module_state(nets)[0], deepcopy(nets[0]).to("meta").train()
-    gradients = vmap(grad(lambda parameters, *batch: mixed_loss(lambda x: functional_call(template, parameters, (x,)), *batch)))
-    optimiser, steps = make_optimiser(stacked, recipe), 0
+    stacked = stack_module_state(nets)[0]
+    template = deepcopy(nets[0]).to("meta").train()
+    loss = lambda parameters, *batch: mixed_loss(lambda x: functional_call(template, parameters, (x,)), *batch)
+    gradients = vmap(grad(loss))
+    optimiser = make_optimiser(stacked, recipe)
     base = [g["lr"] for g in optimiser.param_groups]
-    for epoch in tqdm(range(epochs or recipe.epochs), desc=progress, disable=progress is None, leave=False):
+    passes = epochs or recipe.epochs
+    steps = 0
+    for epoch in tqdm(range(passes), desc=progress, disable=progress is None, leave=False):
         set_rates(optimiser, recipe, base, epoch)
         for i, rows in enumerate(zip(*[shuffled(labels, recipe, *key, epoch) for key in keys])):
-            batches = [training_batch(inputs, labels, chosen, recipe, strategy, *key, epoch, i) for chosen, key in zip(rows, keys)]
-            for name, g in gradients(stacked, *together(batches)).items(): stacked[name].grad = g
+            batches = [training_batch(inputs, labels, chosen, recipe, strategy, *key, epoch, i)
+                       for chosen, key in zip(rows, keys)]
+            for name, g in gradients(stacked, *stack_batches(batches)).items(): stacked[name].grad = g
             optimiser.step()
             steps += 1
-        if after_epoch or epoch + 1 == (epochs or recipe.epochs): hand_back(stacked, nets)
+        if after_epoch or epoch + 1 == passes: hand_back(stacked, nets)
         if after_epoch: after_epoch(epoch, None)
     return steps
 
-def together(batches: list) -> tuple:
+def stack_batches(
+    batches: list    # of TrainingBatch, one a network
+) -> TrainingBatch:  # with a first axis of networks; share is a tensor (networks,)
     "Batches of several networks with a new first axis"
     inputs, labels, partners, shares = zip(*batches)
-    return ({m: torch.stack([x[m] for x in inputs]) for m in inputs[0]}, torch.stack(labels), torch.stack(partners),
-            torch.tensor(shares, dtype=next(iter(inputs[0].values())).dtype, device=labels[0].device))
+    stacked = {m: torch.stack([x[m] for x in inputs]) for m in inputs[0]}
+    share = torch.tensor(shares, dtype=next(iter(stacked.values())).dtype, device=labels[0].device)
+    return TrainingBatch(stacked, torch.stack(labels), torch.stack(partners), share)
 
 @torch.no_grad()
-def hand_back(stacked: dict, nets: list):
+def hand_back(
+    stacked: dict,  # name → (networks, …)
+    nets: list
+):
     "Copy stacked parameters into their networks"
     for i, net in enumerate(nets):
         for name, p in net.named_parameters(): p.copy_(stacked[name][i])

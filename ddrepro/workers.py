@@ -20,7 +20,8 @@ import torch
 # %% ../nbs/17_workers.ipynb #cell-006
 def keep_freed_memory() -> bool:
     "Let glibc keep freed memory for the next allocation instead of returning it; whether that was possible"
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_THRESHOLD = -3
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError): return False
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
@@ -29,17 +30,18 @@ def keep_freed_memory() -> bool:
 _pool = None
 
 def workers() -> ProcessPoolExecutor:
-    "The pool of processes, one thread each, started when first needed; DDREPRO_WORKERS says how many, default one a core"
+    "The pool of processes, one thread each, started when first needed; as many as `worker_count` says"
     global _pool
     if _pool is None:
-        from ddrepro.workers import prepare_worker   # by its module's name, which a worker can import also when this runs in a notebook
+        # by its module's name, which a worker can import also when this runs in a notebook
+        from ddrepro.workers import prepare_worker
         _pool = ProcessPoolExecutor(worker_count(), mp_context=get_context("spawn"), initializer=prepare_worker)
         Finalize(None, _pool.shutdown, exitpriority=100)   # before an exiting process waits for its children
     return _pool
 
 @contextmanager
 def main_hidden():
-    "Let new processes not import the running script: a worker needs ddrepro alone, and the script may lack the guard that imports ask for"
+    "Hide the running script from new processes: a worker needs ddrepro alone, and the script may lack a guard"
     main = sys.modules["__main__"]
     before = {k: vars(main)[k] for k in ("__file__", "__spec__") if k in vars(main)}
     for k in before: setattr(main, k, None)
@@ -48,13 +50,15 @@ def main_hidden():
 
 @contextmanager
 def interrupts_held():
-    "Let new processes begin with interrupts held back, until `prepare_worker` ignores them; one that comes meanwhile is not lost here"
+    "Start new processes with interrupts held back, until `prepare_worker` ignores them; none is lost here"
     resource_tracker.ensure_running()   # started later, it would let interrupts through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def worker_count() -> int: return int(os.environ.get("DDREPRO_WORKERS") or len(os.sched_getaffinity(0)))
+def worker_count() -> int:
+    "How many processes the pool has: DDREPRO_WORKERS, default one a core"
+    return int(os.environ.get("DDREPRO_WORKERS") or len(os.sched_getaffinity(0)))
 
 # %% ../nbs/17_workers.ipynb #cell-010
 def prepare_worker():
@@ -66,7 +70,7 @@ def prepare_worker():
     keep_freed_memory()
 
 def leave_with_parent():
-    "Wait for the process that asked; if it was killed, nobody else would end this one"
+    "Wait for the process that asked and end with it: if it was killed, nobody else would"
     wait([parent_process().sentinel])
     os._exit(1)
 
@@ -78,8 +82,9 @@ def side_by_side(
     jobs: list,            # its arguments
     largest: int = 0       # bytes of the largest job
 ):                         # generator of results, in the order of the jobs
-    "Every `work(job)`, in the pool of processes; one after the other here where DDREPRO_WORKERS is 0 or a job is too large"
-    if worker_count() == 0 or largest > LARGEST_JOB: yield from (work(job) for job in jobs)
-    else:
-        with main_hidden(), interrupts_held(): results = workers().map(work, jobs)   # processes are started as jobs come in
-        yield from results
+    "Every `work(job)`, in the pool; one after the other here where DDREPRO_WORKERS is 0 or a job is too large"
+    if worker_count() == 0 or largest > LARGEST_JOB:
+        yield from (work(job) for job in jobs)
+        return
+    with main_hidden(), interrupts_held(): results = workers().map(work, jobs)   # starts processes as jobs come in
+    yield from results

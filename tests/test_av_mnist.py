@@ -1,12 +1,8 @@
 """av_mnist from real packs where there are any, and downloaded from made-up servers where there are none."""
-import gzip
 import hashlib
 import io
 import shutil
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -17,18 +13,9 @@ from torchvision.datasets import MNIST
 import ddrepro.datasets.av_mnist as chapter
 from ddrepro.files import DamagedFile
 from ddrepro.seeding import keyed
+from helpers import idx, served
 
 SIZES = {"train": (54001, "train"), "validation": (5999, "train"), "test": (10000, "test")}
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): return
-
-
-def idx(array):
-    "An array in the format of MNIST's files, compressed"
-    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return gzip.compress(head + array.astype(np.uint8).tobytes())
 
 
 def made_fsdd():
@@ -50,7 +37,9 @@ def made(tmp_path, monkeypatch):
     "A server with small files in the formats of MNIST and FSDD, which the chapter is told to trust"
     site = tmp_path / "site"
     site.mkdir()
-    draw, resources, proofs = keyed(0, "made"), [], {}
+    draw = keyed(0, "made")
+    resources = []
+    proofs = {}
     for prefix, part, n in (("train", "mnist_train", 400), ("t10k", "mnist_test", 100)):
         arrays = {"images": (draw.random((n, 28, 28)) * 255).astype(np.uint8), "labels": np.arange(n) % 10}
         proofs[part] = {k: hashlib.sha256(x.tobytes()).hexdigest() for k, x in arrays.items()}
@@ -62,26 +51,21 @@ def made(tmp_path, monkeypatch):
     (site / "fsdd.zip").write_bytes(archive)
     arrays = chapter.read_archive(archive)
     proofs["fsdd"] = {k: hashlib.sha256(x.tobytes()).hexdigest() for k, x in arrays.items()} | {"audio": sha}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/"
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(MNIST, "mirrors", [address])
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setattr(chapter, "FSDD_URL", address + "fsdd.zip")
-    monkeypatch.setattr(chapter, "SHA", proofs)
-    yield site, tmp_path / "data"
-    server.shutdown()
-    server.server_close()
+    with served(site) as address:
+        monkeypatch.setattr(MNIST, "mirrors", [address])
+        monkeypatch.setattr(MNIST, "resources", resources)
+        monkeypatch.setattr(chapter, "FSDD_URL", address + "fsdd.zip")
+        monkeypatch.setattr(chapter, "SHA", proofs)
+        yield site, tmp_path / "data"
 
 
 def test_what_is_not_there_is_downloaded_once(made):
     site, root = made
-    assert chapter.where(root) == ""
+    assert chapter.where_av_mnist(root) == ""
     real = chapter.av_mnist(root=root)
     assert {p: len(getattr(real, p)) for p in SIZES} == {"train": 360, "validation": 40, "test": 100}
     assert sorted(p.name for p in (root / "av_mnist").iterdir()) == ["fsdd.npz", "mnist_test.npz", "mnist_train.npz"]
-    assert chapter.where(root) == "downloaded"
+    assert chapter.where_av_mnist(root) == "downloaded"
     shutil.rmtree(site)
     assert chapter.av_mnist(root=root, download=False).fingerprint == real.fingerprint
 
@@ -99,7 +83,12 @@ def test_a_damaged_download_is_refused_and_leaves_nothing(made, name):
     assert len(chapter.av_mnist(root=root).test) == 100
 
 
-@pytest.mark.parametrize("pack, array", [("fsdd", "audio"), ("fsdd", "take"), ("mnist_test", "images"), ("mnist_train", "labels")])
+@pytest.mark.parametrize("pack, array", [
+    ("fsdd", "audio"),
+    ("fsdd", "take"),
+    ("mnist_test", "images"),
+    ("mnist_train", "labels"),
+])
 def test_another_version_is_refused(made, monkeypatch, pack, array):
     monkeypatch.setitem(chapter.SHA[pack], array, "0" * 64)
     with pytest.raises(ValueError, match=f"{array}.* is damaged or another version"): chapter.av_mnist(root=made[1])
@@ -110,7 +99,8 @@ def test_no_network_names_both_ways(made, monkeypatch):
     monkeypatch.setattr(chapter, "FSDD_URL", "http://127.0.0.1:9/fsdd.zip")
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
     for name in chapter.PACKS:
-        with pytest.raises(ConnectionError, match="set DDREPRO_DATA to a folder.*machine with a network"): chapter.obtain(name, made[1])
+        with pytest.raises(ConnectionError, match="set DDREPRO_DATA to a folder.*machine with a network"):
+            chapter.obtain(name, made[1])
 
 
 def test_a_damaged_pack_is_refused(made):
@@ -123,15 +113,19 @@ def test_a_damaged_pack_is_refused(made):
             pack.write_bytes(damaged)
             try: arrays = chapter.obtain("mnist_test", root)
             except ValueError as error: assert "damaged" in str(error)
-            else: assert all(hashlib.sha256(arrays[k].tobytes()).hexdigest() == sha for k, sha in chapter.SHA["mnist_test"].items())
+            else:
+                assert all(hashlib.sha256(arrays[k].tobytes()).hexdigest() == sha
+                           for k, sha in chapter.SHA["mnist_test"].items())
 
 
 def test_the_real_packs(data_root):
-    if not all((data_root / name).is_file() for name in chapter.PACKS.values()): pytest.skip("no packs of MNIST and FSDD there")
-    assert chapter.where() == "DDREPRO_DATA packs"
+    if not all((data_root / name).is_file() for name in chapter.PACKS.values()):
+        pytest.skip("no packs of MNIST and FSDD there")
+    assert chapter.where_av_mnist() == "DDREPRO_DATA packs"
     real, fsdd = chapter.av_mnist(download=False), chapter.obtain("fsdd")
     assert {p: len(getattr(real, p)) for p in SIZES} == {p: n for p, (n, _) in SIZES.items()}
-    assert real.shapes == {"image": (1, 28, 28), "audio": (1, 32, 32)} and real.train.inputs["image"].dtype == torch.uint8
+    assert real.shapes == {"image": (1, 28, 28), "audio": (1, 32, 32)}
+    assert real.train.inputs["image"].dtype == torch.uint8
     both = torch.cat([real.train.labels, real.validation.labels]).bincount().tolist()
     assert both == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert real.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
@@ -145,6 +139,7 @@ def test_the_real_packs(data_root):
 
 
 def test_fewer_pairs_are_some_of_all(data_root):
-    if not all((data_root / name).is_file() for name in chapter.PACKS.values()): pytest.skip("no packs of MNIST and FSDD there")
+    if not all((data_root / name).is_file() for name in chapter.PACKS.values()):
+        pytest.skip("no packs of MNIST and FSDD there")
     few = chapter.av_mnist(train_per_class=50, download=False)
     assert few.train.labels.bincount().tolist() == [50] * 10 and len(few.validation) == 5999

@@ -1,4 +1,4 @@
-"""The AVDD authors' tensor files: small ones of the same format, whole, in every layout, and damaged in every way one can think of."""
+"""The AVDD authors' tensor files: small ones of the same format, in every layout, and damaged in every way."""
 import pickle
 import warnings
 from functools import partial
@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from ddrepro.data import list_data, load_data
 from ddrepro.datasets.avdd_sets import AVE, VGGS10K, open_file
 from ddrepro.files import DamagedFile
+from ddrepro.registry import list_data, load_data
 from ddrepro.seeding import keyed_uniform
 
 STEMS = {"vggs10k": ("vgg_subset", VGGS10K), "ave": ("ave", AVE)}
@@ -23,10 +23,12 @@ def made(part, n, classes, kind=torch.float32, **other):
 
 def write(root, name, layout="flat", **options):
     stem, classes = STEMS[name]
-    parts = {p: made(p, n, len(classes), **options) | {"classes": list(classes)} for p, n in (("train", 60), ("test", 30))}
+    parts = {p: made(p, n, len(classes), **options) | {"classes": list(classes)}
+             for p, n in (("train", 60), ("test", 30))}
     folders = {"flat": "", "avdd": "avdd", "authors": "{p}_data", "clone": "avdd/data/{p}_data"}
     if layout == "combined": contents = {f"{stem}.pt": parts["train"] | parts["test"]}
-    else: contents = {f"{folders[layout].format(p=p)}/{stem}_{p}.pt".lstrip("/"): content for p, content in parts.items()}
+    else:
+        contents = {f"{folders[layout].format(p=p)}/{stem}_{p}.pt".lstrip("/"): content for p, content in parts.items()}
     for place, content in contents.items():
         path = root / place
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,8 @@ def test_whole_numbers_need_no_warning(tmp_path):
     (dict(images=torch.full((30, 3, 224, 224), torch.nan)), "images_test holds NaN"),
     (dict(images=torch.full((30, 3, 224, 224), 256.)), "expected 0 to 255"),
     (dict(images=torch.full((30, 3, 224, 224), .5)), "scaled already"),
-    (dict(images=torch.zeros(30, 224, 224, 3, dtype=torch.uint8)), r"shape \(30, 224, 224, 3\), expected \(N, 3, 224, 224\)"),
+    (dict(images=torch.zeros(30, 224, 224, 3, dtype=torch.uint8)),
+     r"shape \(30, 224, 224, 3\), expected \(N, 3, 224, 224\)"),
     (dict(audio=torch.full((30, 1, 128, 56), torch.inf)), "audio_test holds NaN or infinity"),
     (dict(audio=torch.zeros(30, 1, 128, 57)), r"shape \(30, 1, 128, 57\), expected \(N, 1, 128, 56\)"),
     (dict(labels=torch.arange(30)), r"labels_test lies in \[0, 29\], expected 0 to 9"),
@@ -92,7 +95,8 @@ def test_whole_numbers_need_no_warning(tmp_path):
     (dict(labels=torch.tensor(3)), r"has shape \(\)"),
     (dict(labels=torch.zeros(29, dtype=torch.int32)), "labels_test has 29 samples"),
     (dict(labels=list(range(10)) * 3), "lacks the tensor labels_test"),
-    (dict(images=torch.zeros(0, 3, 224, 224), audio=torch.zeros(0, 1, 128, 56), labels=torch.zeros(0, dtype=torch.int32)), "at least one"),
+    (dict(images=torch.zeros(0, 3, 224, 224), audio=torch.zeros(0, 1, 128, 56),
+          labels=torch.zeros(0, dtype=torch.int32)), "at least one"),
 ])
 def test_wrong_content_is_named(tmp_path, other, words):
     write(tmp_path, "vggs10k", kind=torch.uint8)
@@ -107,7 +111,10 @@ class Harmful:
 def test_pickles_are_refused_and_not_run(tmp_path):
     Harmful.mark = str(tmp_path / "ran")
     path = tmp_path / "ave_train.pt"
-    old, plain = partial(torch.save, _use_new_zipfile_serialization=False), lambda x, p: p.write_bytes(pickle.dumps(x, protocol=2))
+    old = partial(torch.save, _use_new_zipfile_serialization=False)
+
+    def plain(x, path): path.write_bytes(pickle.dumps(x, protocol=2))
+
     for write_it in (torch.save, old, plain):
         write_it({"images_train": Harmful()}, path)
         with pytest.raises(DamagedFile, match="never unpickles"): open_file(path)
@@ -128,7 +135,7 @@ def test_a_missing_file_names_the_places_and_the_source(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error: load_data("ave")
     places = str(tmp_path / "avdd/train_data"), str(tmp_path / "test_data")
     for words in ("ave_train.pt", "ave.pt", "sakshamsingh1/AVDD", *places): assert words in str(error.value)
-    found = list_data().set_index("name").found
-    assert found["ave"] == found["vggs10k"] == "not here"
+    places = list_data().set_index("name").found
+    assert places["ave"] == places["vggs10k"] == "not here"
     write(tmp_path, "ave", "authors", kind=torch.uint8)
     assert list_data().set_index("name").found["ave"] == str(tmp_path / "train_data")

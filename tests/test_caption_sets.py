@@ -1,4 +1,4 @@
-"""Caption cleaning against the authors' code, caption sets from small made-up trees of every format, and the real pack if it is here."""
+"""Caption cleaning against the authors' code, caption sets from made-up trees of every format, and the real pack."""
 import csv
 import json
 import re
@@ -11,14 +11,17 @@ import torch
 from PIL import Image
 
 import ddrepro.datasets.caption_sets as chapter
-from ddrepro.data import PARTS, list_data, load_data
+import ddrepro.datasets.digit_scenes as digit_scenes
+from ddrepro.data import PARTS
 from ddrepro.files import DamagedFile
 from ddrepro.pairs import CLIP, PairData, clean_caption, pairs_html
+from ddrepro.registry import list_data, load_data
 from ddrepro.seeding import keyed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*R@k means little:UserWarning")
 
-# What pre_caption(text, 30) of princetonvisualai/multimodal_dataset_distillation (commit c696fd6, data/flickr30k_dataset.py) returns
+# What pre_caption(text, 30) of princetonvisualai/multimodal_dataset_distillation returns
+# (commit c696fd6, data/flickr30k_dataset.py)
 LONG = [f"w{i}" for i in range(40)]
 REFERENCE = [
     ("A dog runs.", "a dog runs"),
@@ -46,7 +49,7 @@ REFERENCE = [
 
 def test_captions_are_cleaned_as_the_authors_do():
     assert len(REFERENCE) == 20
-    for given, expected in REFERENCE: assert clean_caption(given) == expected
+    for caption, expected in REFERENCE: assert clean_caption(caption) == expected
 
 
 # Scenes
@@ -61,28 +64,35 @@ def test_scenes_are_the_same_every_time(scenes):
 
 
 def test_parts_share_no_handwriting():
-    samples = chapter.split_samples(chapter.load_digits().target)
-    drawn = {p: {f.sample for i in range(500) for f in chapter.draw_scene(p, i, samples[p]).figures} for p in PARTS}
-    assert not drawn["train"] & drawn["test"] and not drawn["train"] & drawn["validation"] and not drawn["validation"] & drawn["test"]
+    samples = digit_scenes.split_samples(digit_scenes.scikit_digits().target)
+    drawn = {p: {f.sample for i in range(500) for f in digit_scenes.draw_scene(p, i, samples[p]).figures}
+             for p in PARTS}
+    assert not drawn["train"] & drawn["test"]
+    assert not drawn["train"] & drawn["validation"]
+    assert not drawn["validation"] & drawn["test"]
 
 
 def test_captions_are_true(scenes):
     "Every caption names each digit with its colour; places and grounds that it names are the scene's"
-    samples = chapter.split_samples(chapter.load_digits().target)
-    colour_of = {word: c for c in chapter.COLOURS for word in (c, chapter.SYNONYMS[c])}
-    digit_of = {word: d for d, name in enumerate(chapter.NAMES) for word in (name, str(d))}
-    place_of = sorted(((phrase, i) for i, both in enumerate(chapter.PLACES) for phrase in both), key=lambda p: -len(p[0]))
+    samples = digit_scenes.split_samples(digit_scenes.scikit_digits().target)
+    colour_of = {word: c for c in digit_scenes.COLOURS for word in (c, digit_scenes.SYNONYMS[c])}
+    digit_of = {word: d for d, name in enumerate(digit_scenes.NAMES) for word in (name, str(d))}
+    place_of = sorted(((phrase, i) for i, both in enumerate(digit_scenes.PLACES) for phrase in both),
+                      key=lambda p: -len(p[0]))
     for i in range(500):
-        scene = chapter.draw_scene("test", i, samples["test"])
+        scene = digit_scenes.draw_scene("test", i, samples["test"])
         for caption in scenes.test.captions[i]:
             words = clean_caption(caption).replace(",", "").split()
             named = [(colour_of[a], digit_of[b]) for a, b in zip(words, words[1:]) if a in colour_of and b in digit_of]
             assert sorted(named) == sorted((f.colour, f.digit) for f in scene.figures), caption
-            text, places = caption.lower(), set()
+            text = caption.lower()
+            places = set()
             for phrase, place in place_of:
-                if phrase in text: text, places = text.replace(phrase, ""), places | {place}
+                if phrase not in text: continue
+                text = text.replace(phrase, "")
+                places.add(place)
             assert places <= {f.place for f in scene.figures}, caption
-            assert {g for g in chapter.GROUNDS if g in words} <= {scene.ground}, caption
+            assert {g for g in digit_scenes.GROUNDS if g in words} <= {scene.ground}, caption
             assert ("striped" not in words or scene.striped) and ("plain" not in words or not scene.striped), caption
 
 
@@ -91,16 +101,19 @@ def test_captions_are_true(scenes):
 def test_flickr8k_from_its_pack(data_root):
     files = chapter.flickr8k_files(data_root)
     if not all(path.is_file() for path in files.values()): pytest.skip("no Flickr8k in DDREPRO_DATA")
-    real, rows = load_data("flickr8k"), json.loads((data_root / "flickr8k" / "captions.json").read_text())
+    real = load_data("flickr8k")
+    rows = json.loads((data_root / "flickr8k" / "captions.json").read_text())
     official = "validation" in files
-    assert [len(getattr(real, p)) for p in PARTS] == [6000 if official else 5000, 1000, 1000] and real.shapes == {"image": (3, 64, 64)}
+    assert [len(getattr(real, p)) for p in PARTS] == [6000 if official else 5000, 1000, 1000]
+    assert real.shapes == {"image": (3, 64, 64)}
     assert ("drawn by key" in real.about["remark"]) != official
     captions = {(r["split"], r["index"]): r["captions"] for r in rows}
     assert real.test.captions == [captions["test", i] for i in range(1000)]
     assert len(real.pairs("test")) == 5000 and real.normalisation["image"] == CLIP
-    with np.load(files["test"]) as pack: assert (real.test.images[3].permute(1, 2, 0).numpy() == pack["images"][3]).all()
+    with np.load(files["test"]) as pack:
+        assert (real.test.images[3].permute(1, 2, 0).numpy() == pack["images"][3]).all()
     if official: return
-    rest = {p: [tuple(own) for own in getattr(real, p).captions] for p in ("train", "validation")}
+    rest = {p: [tuple(captions) for captions in getattr(real, p).captions] for p in ("train", "validation")}
     assert sorted(rest["train"] + rest["validation"]) == sorted(tuple(captions["train", i]) for i in range(6000))
     with np.load(files["train"]) as pack: pictures = pack["images"]
     row = next(i for i in range(6000) if captions["train", i] == real.validation.captions[500])
@@ -112,24 +125,26 @@ def test_damaged_pack_is_named(data_root, tmp_path):
     if not source.is_file(): pytest.skip("no Flickr8k in DDREPRO_DATA")
     (tmp_path / "flickr8k").mkdir()
     for path in chapter.flickr8k_files(tmp_path).values(): path.write_bytes(b"no pack")
-    with pytest.raises(DamagedFile, match="captions.json is damaged or another version"): load_data("flickr8k", root=tmp_path)
+    with pytest.raises(DamagedFile, match="captions.json is damaged or another version"):
+        load_data("flickr8k", root=tmp_path)
     (tmp_path / "flickr8k" / "captions.json").write_bytes(source.read_bytes())
     with pytest.raises(DamagedFile, match=r"flickr8k_\w+_64.npz is damaged"): load_data("flickr8k", root=tmp_path)
 
 
 # Karpathy's files
 
-def picture(*key, shape=(20, 30, 3)): return Image.fromarray(keyed(0, "test/pictures", *key).integers(0, 256, shape, dtype=np.uint8))
+def picture(*key, shape=(20, 30, 3)):
+    return Image.fromarray(keyed(0, "test/pictures", *key).integers(0, 256, shape, dtype=np.uint8))
 
 
 def make_tree(root, name):
     "A tree of the published form; its rows"
-    own, below = root / name, ("train2014", "val2014") if name == "coco" else ("",)
-    folder = own if name == "coco" else own / "flickr30k-images"
+    folder = root / name if name == "coco" else root / name / "flickr30k-images"
     rows = []
     for i, split in enumerate(("train", "train", "restval" if name == "coco" else "train", "val", "test", "test")):
-        row = dict(filename=f"{i}.png", split=split, sentences=[dict(raw=f"Picture {i}, said {j} times.") for j in range(5 + (i == 4))])
-        if name == "coco": row["filepath"] = below[i % 2]
+        sentences = [dict(raw=f"Picture {i}, said {j} times.") for j in range(6 if i == 4 else 5)]
+        row = dict(filename=f"{i}.png", split=split, sentences=sentences)
+        if name == "coco": row["filepath"] = ("train2014", "val2014")[i % 2]
         target = folder / row.get("filepath", "") / row["filename"]
         target.parent.mkdir(parents=True, exist_ok=True)
         picture(i).save(target)
@@ -138,7 +153,8 @@ def make_tree(root, name):
     return rows
 
 
-def write_rows(root, name, rows): (root / name / f"dataset_{name}.json").write_text(json.dumps(dict(images=rows, dataset=name)))
+def write_rows(root, name, rows):
+    (root / name / f"dataset_{name}.json").write_text(json.dumps(dict(images=rows, dataset=name)))
 
 
 @pytest.mark.parametrize("name", ["flickr30k", "coco"])
@@ -148,14 +164,16 @@ def test_karpathy(name, tmp_path, monkeypatch):
     assert list_data().set_index("name").found[name] == "DDREPRO_DATA files"
     real = load_data(name, size=16)
     assert [len(getattr(real, p)) for p in PARTS] == [3, 1, 2]
-    assert real.test.captions[0][5] == "Picture 4, said 5 times." and real.pairs("test").image_of.tolist() == [0] * 6 + [1] * 5
+    assert real.test.captions[0][5] == "Picture 4, said 5 times."
+    assert real.pairs("test").image_of.tolist() == [0] * 6 + [1] * 5
     assert "images" not in vars(real.test)
     expected = np.asarray(picture(4).resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert (real.test.images[0].numpy() == expected).all() and "images" not in vars(real.train)
     assert real.fingerprint == load_data(name, size=16).fingerprint != load_data(name, size=17).fingerprint
     folder = tmp_path / name if name == "coco" else tmp_path / name / "flickr30k-images"
-    given = load_data(name, size=16, file=tmp_path / name / f"dataset_{name}.json", images=folder, root=tmp_path / "elsewhere")
-    assert given.fingerprint == real.fingerprint
+    file = tmp_path / name / f"dataset_{name}.json"
+    named = load_data(name, size=16, file=file, images=folder, root=tmp_path / "elsewhere")
+    assert named.fingerprint == real.fingerprint
 
 
 def rows_with(change):
@@ -175,7 +193,8 @@ def rows_with(change):
     (lambda rows: rows[0].update(split="tests"), "split of 0.png must be one of .* the nearest is 'test'"),
     (lambda rows: rows[0].pop("sentences"), "image 0 must have filename, split and sentences"),
     (lambda rows: rows.insert(0, "no row"), "image 0 must have filename, split and sentences"),
-    (lambda rows: [row.update(split="train") for row in rows], "dataset_flickr30k.json has no validation and no test image")])
+    (lambda rows: [row.update(split="train") for row in rows],
+     "dataset_flickr30k.json has no validation and no test image")])
 def test_wrong_karpathy_files_are_refused(change, message, tmp_path):
     rows_with(change)(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message): load_data("flickr30k", root=tmp_path)
@@ -189,7 +208,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_data("flickr30k", root=tmp_path, images=tmp_path / "nowhere")
     (tmp_path / "flickr30k" / "flickr30k-images" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
     real = load_data("flickr30k", root=tmp_path)
-    with pytest.raises(DamagedFile, match=r"dataset_flickr30k.json, image 4: '4.png' cannot be read as an image"): real.test.images
+    with pytest.raises(DamagedFile, match=r"dataset_flickr30k.json, image 4: '4.png' cannot be read as an image"):
+        real.test.images
     file = tmp_path / "flickr30k" / "dataset_flickr30k.json"
     file.write_text("{")
     with pytest.raises(DamagedFile, match="not valid JSON"): load_data("flickr30k", root=tmp_path)
@@ -205,19 +225,26 @@ def table(tmp_path):
     (tmp_path / "photos").mkdir()
     for i in range(10): picture(i).save(tmp_path / "photos" / f"{i}.png")
     def write(lines, header=("image", "caption"), encoding="utf-8"):
-        with open(tmp_path / "table.csv", "w", encoding=encoding, newline="") as file: csv.writer(file).writerows([header, *lines])
+        with open(tmp_path / "table.csv", "w", encoding=encoding, newline="") as file:
+            csv.writer(file).writerows([header, *lines])
         return tmp_path / "table.csv"
     return write
 
 
-STRANGE = ["<script>alert('x')</script>", "Zwölf Boxkämpfer, größer als Öl", "犬が走る。", "Line one\nand line two", 'He says "hi", then goes']
+STRANGE = [
+    "<script>alert('x')</script>",
+    "Zwölf Boxkämpfer, größer als Öl",
+    "犬が走る。",
+    "Line one\nand line two",
+    'He says "hi", then goes',
+]
 
 
 def test_csv(table):
     lines = [(f"photos/{i}.png", f"Picture {i}") for i in range(10)] + [("photos/3.png", s) for s in STRANGE]
     real = load_data("caption_csv", file=table(lines), size=16)
     assert [len(getattr(real, p)) for p in PARTS] == [8, 1, 1]
-    captions = [own for p in PARTS for own in getattr(real, p).captions]
+    captions = [captions for p in PARTS for captions in getattr(real, p).captions]
     assert sorted(map(len, captions)) == [1] * 9 + [6] and ["Picture 3", *STRANGE] in captions
     assert all(getattr(real, p).images.shape[1:] == (3, 16, 16) for p in PARTS)
     assert load_data("caption_csv", file=table(lines), size=16).fingerprint == real.fingerprint
@@ -242,18 +269,22 @@ GOOD = [(f"photos/{i}.png", "A picture.") for i in range(10)]
     ([*GOOD, ("photos/1.png", "...")], {}, "line 12: the caption of 'photos/1.png' is empty"),
     ([*GOOD, ("photos/1.png",)], {}, "line 12: the caption of 'photos/1.png' is empty"),
     ([*GOOD, ("", "A picture.")], {}, "line 12: image is empty"),
-    (GOOD, dict(image_column="imge"), "image_column of .* must be one of 'image', 'caption'; got 'imge'; the nearest is 'image'"),
+    (GOOD, dict(image_column="imge"),
+     "image_column of .* must be one of 'image', 'caption'; got 'imge'; the nearest is 'image'"),
     (GOOD, dict(caption_column="captions"), "the nearest is 'caption'"),
-    ([*GOOD, ("photos/1.png", "A cat", " asleep.")], {}, "line 12 has more fields than the first line: put captions with commas in quotes"),
+    ([*GOOD, ("photos/1.png", "A cat", " asleep.")], {},
+     "line 12 has more fields than the first line: put captions with commas in quotes"),
     (GOOD, dict(split="splt"), "split of .* must be one of 'image', 'caption'"),
     (GOOD, dict(constants="Clip"), "constants must be one of 'clip', 'own'"),
     (GOOD[:2], {}, "2 pictures are too few")])
 def test_wrong_tables_are_refused(lines, options, message, table):
-    with pytest.raises((ValueError, FileNotFoundError), match=message): load_data("caption_csv", file=table(lines), **options)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_data("caption_csv", file=table(lines), **options)
 
 
 def test_tables_that_are_none(tmp_path, table):
-    with pytest.raises(FileNotFoundError, match="file must name a CSV file"): load_data("caption_csv", file=tmp_path / "gone.csv")
+    with pytest.raises(FileNotFoundError, match="file must name a CSV file"):
+        load_data("caption_csv", file=tmp_path / "gone.csv")
     with pytest.raises(FileNotFoundError, match="file must name a CSV file"): load_data("caption_csv", file=tmp_path)
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(ValueError, match="empty.csv is empty"): load_data("caption_csv", file=tmp_path / "empty.csv")
@@ -264,7 +295,8 @@ def test_tables_that_are_none(tmp_path, table):
 @pytest.mark.parametrize("sign, word", [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
 def test_other_separators_are_named(sign, word, tmp_path):
     (tmp_path / "table.csv").write_text(f"image{sign}caption\n1.png{sign}A cat, asleep.\n")
-    with pytest.raises(ValueError, match=f"columns must be separated by commas; {word} separate those of its first line"):
+    message = f"columns must be separated by commas; {word} separate those of its first line"
+    with pytest.raises(ValueError, match=message):
         load_data("caption_csv", file=tmp_path / "table.csv")
 
 
@@ -282,7 +314,8 @@ def test_other_separators_are_named(sign, word, tmp_path):
     (dict(seed=.5), "seed must be a whole number, got 0.5"),
     (dict(name=7), "name must be a word or more, got 7")])
 def test_wrong_options_are_refused_before_anything_is_read(options, message, tmp_path):
-    with pytest.raises(ValueError, match=message): load_data("caption_csv", **dict(file=tmp_path / "gone.csv") | options)
+    with pytest.raises(ValueError, match=message):
+        load_data("caption_csv", **dict(file=tmp_path / "gone.csv") | options)
     if "size" in options:
         with pytest.raises(ValueError, match=message): load_data("flickr30k", root=tmp_path, **options)
 
@@ -290,39 +323,49 @@ def test_wrong_options_are_refused_before_anything_is_read(options, message, tmp
 def test_a_table_never_has_the_name_of_a_registered_set(table):
     file, known = table(GOOD), set(list_data().name)
     for name in known:
-        assert chapter.table_name(Path(f"{name}.csv")) == f"{name}.csv" and chapter.table_name(Path(name)) == f"{name} (table)"
+        assert chapter.table_name(Path(f"{name}.csv")) == f"{name}.csv"
+        assert chapter.table_name(Path(name)) == f"{name} (table)"
         assert not {f"{name}.csv", f"{name} (table)"} & known
-        with pytest.raises(ValueError, match="name must not be that of a registered data set"): chapter.table_name(file, name.upper())
+        with pytest.raises(ValueError, match="name must not be that of a registered data set"):
+            chapter.table_name(file, name.upper())
     assert load_data("caption_csv", file=file.rename(file.with_name("flickr30k.csv"))).name == "flickr30k.csv"
-    assert load_data("caption_csv", file=file.with_name("flickr30k.csv").rename(file.with_name("flickr30k"))).name == "flickr30k (table)"
-    with pytest.raises(ValueError, match="got 'flickr30k'"): load_data("caption_csv", file=file.with_name("flickr30k"), name="flickr30k")
+    bare = file.with_name("flickr30k.csv").rename(file.with_name("flickr30k"))
+    assert load_data("caption_csv", file=bare).name == "flickr30k (table)"
+    with pytest.raises(ValueError, match="got 'flickr30k'"): load_data("caption_csv", file=bare, name="flickr30k")
 
 
 # Given parts
 
 FOLDS = ["train", "test", "val", "Train ", "dev", "validation", "train", "test", "train", "test"]
-SPLIT = [(f"photos/{i}.png", f"Picture {i}.", fold) for i, fold in enumerate(FOLDS)] + [("photos/3.png", "Again 3.", "train")]
+SPLIT = [
+    *((f"photos/{i}.png", f"Picture {i}.", fold) for i, fold in enumerate(FOLDS)),
+    ("photos/3.png", "Again 3.", "train"),
+]
 HEADER = ("image", "caption", "fold")
 
 
 def test_parts_are_taken_from_a_column(table):
     real = load_data("caption_csv", file=table(SPLIT, HEADER), split="fold", size=16)
-    said = {p: [own[0] for own in getattr(real, p).captions] for p in PARTS}
-    assert said == {"train": [f"Picture {i}." for i in (0, 3, 6, 8)], "validation": [f"Picture {i}." for i in (2, 4, 5)],
-                    "test": [f"Picture {i}." for i in (1, 7, 9)]}
+    first = {p: [captions[0] for captions in getattr(real, p).captions] for p in PARTS}
+    rows = {"train": (0, 3, 6, 8), "validation": (2, 4, 5), "test": (1, 7, 9)}
+    assert first == {p: [f"Picture {i}." for i in rows[p]] for p in PARTS}
     assert real.train.captions[1] == ["Picture 3.", "Again 3."]
     expected = np.asarray(picture(7).resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert (real.test.images[1].numpy() == expected).all()
     drawn = load_data("caption_csv", file=table(SPLIT, HEADER), size=16)
-    assert drawn.fingerprint == load_data("caption_csv", file=table([line[:2] for line in SPLIT]), size=16).fingerprint != real.fingerprint
+    without = load_data("caption_csv", file=table([line[:2] for line in SPLIT]), size=16)
+    assert drawn.fingerprint == without.fingerprint != real.fingerprint
 
 
 @pytest.mark.parametrize("lines, message", [
-    ([*SPLIT, ("photos/3.png", "More.", "test")], "table.csv, line 5 puts 'photos/3.png' in train, line 13 in test; a picture belongs to one part"),
+    ([*SPLIT, ("photos/3.png", "More.", "test")],
+     "table.csv, line 5 puts 'photos/3.png' in train, line 13 in test; a picture belongs to one part"),
     ([*SPLIT, ("./photos/3.png", "More.", "dev")], "line 5 puts './photos/3.png' in train, line 13 in validation"),
-    ([*SPLIT, ("photos/3.png", "More.", "tarin")], "table.csv, line 13: fold must be one of .*; got 'tarin'; the nearest is 'train'"),
+    ([*SPLIT, ("photos/3.png", "More.", "tarin")],
+     "table.csv, line 13: fold must be one of .*; got 'tarin'; the nearest is 'train'"),
     ([*SPLIT, ("photos/3.png", "More.")], "table.csv, line 13: fold must be one of .*; got ''"),
-    ([line for line in SPLIT if line[2] != "test"], "table.csv has no test image: train, validation, test each need one at least"),
+    ([line for line in SPLIT if line[2] != "test"],
+     "table.csv has no test image: train, validation, test each need one at least"),
     (SPLIT[:1], "table.csv has no validation and no test image")])
 def test_wrong_parts_are_refused(lines, message, table):
     with pytest.raises(ValueError, match=message): load_data("caption_csv", file=table(lines, HEADER), split="fold")
@@ -332,9 +375,9 @@ def test_wrong_parts_are_refused(lines, message, table):
 
 def test_a_tiny_test_part_is_told_once(table):
     lines = [(f"photos/{i}.png", "A picture.") for i in range(10)]
-    with pytest.warns(UserWarning, match=r"table.csv has only 1 of its pictures for testing, fewer than 20, .*R@1 by chance: 100 %") as told:
-        real = load_data("caption_csv", file=table(lines))
-    assert len(told) == 1 and told[0].filename == __file__ and "R@k means little" in real.about["remark"]
+    message = "table.csv has only 1 of its pictures for testing, fewer than 20, .*R@1 by chance: 100 %"
+    with pytest.warns(UserWarning, match=message) as warned: real = load_data("caption_csv", file=table(lines))
+    assert len(warned) == 1 and warned[0].filename == __file__ and "R@k means little" in real.about["remark"]
 
 
 def test_a_test_part_of_twenty_is_not(table, tmp_path):
@@ -349,16 +392,20 @@ def test_a_test_part_of_twenty_is_not(table, tmp_path):
 @pytest.mark.parametrize("content", [b"no picture", b"", b"GIF", b"\x89PNG\r\n\x1a\n rubbish"])
 def test_what_is_no_picture_is_found_with_the_table(content, table, tmp_path):
     (tmp_path / "photos" / "5.png").write_bytes(content)
-    with pytest.raises(DamagedFile, match=r"table.csv, line 7: '5\.png' cannot be read as an image .*; repair it, or take out what names it"):
-        load_data("caption_csv", file=table(GOOD))
+    message = r"table.csv, line 7: '5\.png' cannot be read as an image .*; repair it, or take out what names it"
+    with pytest.raises(DamagedFile, match=message): load_data("caption_csv", file=table(GOOD))
 
 
 def test_a_truncated_picture_is_named_with_its_line_when_read(table, tmp_path):
     file = tmp_path / "photos" / "5.png"
     file.write_bytes(file.read_bytes()[:-400])
-    real = load_data("caption_csv", file=table([(*line, part) for line, part in zip(GOOD, ["train"] * 6 + ["val"] * 2 + ["test"] * 2)], HEADER), split="fold")
+    folds = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
+    lines = [(*line, fold) for line, fold in zip(GOOD, folds)]
+    real = load_data("caption_csv", file=table(lines, HEADER), split="fold")
     assert real.test.images.shape == (2, 3, 64, 64)
-    with pytest.raises(DamagedFile, match=r"table.csv, line 7: '5\.png' cannot be read as an image \(image file is truncated"): real.train.images
+    message = r"table.csv, line 7: '5\.png' cannot be read as an image \(image file is truncated"
+    with pytest.raises(DamagedFile, match=message):
+        real.train.images
 
 
 def test_headers_alone_are_read_with_the_table(table, monkeypatch):

@@ -1,12 +1,10 @@
-"""Damaged, missing and unwritable files: what can be proved intact is used, the rest is made again, and the bits are the same."""
-import os
+"""Damaged, missing and unwritable files: what is proved intact is used, the rest made again, bit by bit."""
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from ddrepro.data import load_data
 from ddrepro.distill import Checkpoints, distill, run_identity
 from ddrepro.experiment import Experiment, run_all
 from ddrepro.files import load_tensors
@@ -14,8 +12,9 @@ from ddrepro.herding import coreset
 from ddrepro.methods import get_method
 from ddrepro.moments import EXACT
 from ddrepro.nets import spec_for
-from ddrepro.seeding import keyed_int
+from ddrepro.registry import load_data
 from ddrepro.training import Recipe
+from helpers import DAMAGES, Stop, damages, flipped, one_process, truncated
 
 METHOD = get_method("avdd", "digits_av", ipc=1, width=4, batch=8, start_from="random", iterations=6)
 STOPPED = 4   # iterations before the run is stopped
@@ -25,20 +24,20 @@ STOPPED = 4   # iterations before the run is stopped
 def real(): return load_data("digits_av")
 
 
-class Stop(Exception): "The run is stopped here"
-
 def stop(real, folder, store=None):
     "A run with a checkpoint after every iteration, stopped after four"
     def after(t, loss, S):
         if t == STOPPED: raise Stop
     where = dict(folder=folder, store=store)
-    with pytest.raises(Stop): distill(METHOD, real, compute=EXACT, checkpoint_every=0., progress=False, on_iteration=after, **where)
+    with pytest.raises(Stop):
+        distill(METHOD, real, compute=EXACT, checkpoint_every=0., progress=False, on_iteration=after, **where)
     return Checkpoints(folder, "").files()
 
 def finish(real, folder=None, store=None) -> tuple:
     "(distilled set, iteration at which it went on)"
     made = []
-    distilled = distill(METHOD, real, compute=EXACT, folder=folder, store=store, progress=False, on_iteration=lambda t, loss, S: made.append(t))
+    distilled = distill(METHOD, real, compute=EXACT, folder=folder, store=store, progress=False,
+                        on_iteration=lambda t, loss, S: made.append(t))
     return distilled, made[0]
 
 @pytest.fixture(scope="module")
@@ -47,32 +46,14 @@ def whole(real): return finish(real)[0]
 def same(a, b) -> bool: return a.curve == b.curve and all(torch.equal(a.tensors[m], b.tensors[m]) for m in b.tensors)
 
 
-def truncated(length):
-    def damage(path): path.write_bytes(path.read_bytes()[:length])
-    return damage
-
-def flipped(nth):
-    "One bit of one byte, drawn by key, is turned over"
-    def damage(path):
-        content = bytearray(path.read_bytes())
-        content[keyed_int(len(content), 0, "test/flip", nth)] ^= 1 << keyed_int(8, 0, "test/flip bit", nth)
-        path.write_bytes(content)
-    return damage
-
-def overwritten(path): path.write_bytes(b"\x80\x04K\x01." * 50)
-
-DAMAGES = {"empty": truncated(0), "first bytes only": truncated(7), "half of the header": truncated(200), "last byte missing": truncated(-1),
-           **{f"flipped bit {k}": flipped(k) for k in range(6)}, "something else": overwritten}
-damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-
-
 @damages
 def test_newest_checkpoint(real, whole, tmp_path, capsys, damage):
     older, newest = stop(real, tmp_path)
     damage(newest)
     distilled, started = finish(real, tmp_path)
     assert started == STOPPED - 1 and same(distilled, whole)
-    assert f"{newest} " in (told := capsys.readouterr().out) and "going back to the checkpoint before it" in told
+    printed = capsys.readouterr().out
+    assert f"{newest} " in printed and "going back to the checkpoint before it" in printed
 
 
 @damages
@@ -81,8 +62,8 @@ def test_all_checkpoints(real, whole, tmp_path, capsys, damage):
     for file in files: damage(file)
     distilled, started = finish(real, tmp_path)
     assert started == 0 and same(distilled, whole)
-    told = capsys.readouterr().out
-    assert all(f"{file} " in told for file in files)
+    printed = capsys.readouterr().out
+    assert all(f"{file} " in printed for file in files)
 
 
 def test_newest_checkpoint_is_missing(real, whole, tmp_path):
@@ -116,11 +97,11 @@ def test_shard_of_the_means_store(real, whole, stored, capsys, damage):
     for s in broken: damage(s)
     capsys.readouterr()
     assert same(finish(real, store=store)[0], whole)
-    told = capsys.readouterr().out
-    assert all(f"means store: {s} " in told for s in broken) and "computing these means again" in told
+    printed = capsys.readouterr().out
+    assert all(f"means store: {s} " in printed for s in broken) and "computing these means again" in printed
     for s, (tensors, meta) in before.items():                                # and the store is whole again
-        mended, found = load_tensors(s, "means")
-        assert found == meta and all(torch.equal(mended[k], tensors[k]) for k in tensors)
+        mended, its_meta = load_tensors(s, "means")
+        assert its_meta == meta and all(torch.equal(mended[k], tensors[k]) for k in tensors)
 
 
 def test_shards_of_the_means_store_are_missing(real, whole, stored):
@@ -141,12 +122,17 @@ def test_shard_belongs_to_other_means(real, whole, stored):
 
 def test_herding_list(real, tmp_path, capsys):
     specs, recipe = {m: spec_for(s, 4) for m, s in real.shapes.items()}, Recipe("tiny", epochs=1, batch=256, rate=1e-3)
-    chosen = lambda: {c: i.tolist() for c, i in coreset("herding", real, 3, specs=specs, recipe=recipe, store=tmp_path).items()}
+
+    def chosen():
+        rows = coreset("herding", real, 3, specs=specs, recipe=recipe, store=tmp_path)
+        return {c: i.tolist() for c, i in rows.items()}
+
     first = chosen()
     file, = tmp_path.rglob("*.safetensors")
     flipped(0)(file)
     assert chosen() == first
-    assert f"{file} " in (told := capsys.readouterr().out) and "herding again" in told
+    printed = capsys.readouterr().out
+    assert f"{file} " in printed and "herding again" in printed
     assert chosen() == first and "herding again" not in capsys.readouterr().out
 
 
@@ -155,23 +141,26 @@ def never(t, loss, S): raise AssertionError(f"iteration {t} was computed for a f
 @pytest.mark.parametrize("below", ["sub", "sub/further/down"])
 def test_output_below_a_regular_file(real, tmp_path, below):
     (tmp_path / "file").write_text("mine")
-    folder, experiment = tmp_path / "file" / below, Experiment(METHOD, eval_seeds=1)
+    folder = tmp_path / "file" / below
+    experiment = Experiment(METHOD, eval_seeds=1)
     refused = pytest.raises(OSError, match=f"cannot write .*{tmp_path / 'file'}.* is a file, not a folder")
-    compute = dict(compute=EXACT, checkpoint_every=0.)
-    with refused: distill(METHOD, real, folder=folder, progress=False, on_iteration=never, **compute)
-    with refused: distill(METHOD, real, store=folder, progress=False, on_iteration=never, **compute)
-    with refused: run_all([experiment], real, runs=folder, store=tmp_path / "store", compute=compute | {"on_iteration": never}, progress=False)
-    with refused: run_all([experiment], real, runs=tmp_path / "runs", store=folder, compute=compute | {"on_iteration": never}, progress=False)
+    compute = dict(compute=EXACT, checkpoint_every=0., on_iteration=never)
+    with refused: distill(METHOD, real, folder=folder, progress=False, **compute)
+    with refused: distill(METHOD, real, store=folder, progress=False, **compute)
+    for runs, store in ((folder, tmp_path / "store"), (tmp_path / "runs", folder)):
+        with refused: run_all([experiment], real, runs=runs, store=store, compute=compute, progress=False)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 LIMITED = '''
 import resource, sys
-from ddrepro.data import load_data
 from ddrepro.distill import distill
 from ddrepro.methods import get_method
 from ddrepro.moments import EXACT
-real, folder, store, most = load_data("digits_av"), sys.argv[1], sys.argv[2] or None, int(sys.argv[3])
+from ddrepro.registry import load_data
+folder, store = sys.argv[1], sys.argv[2] or None
+most = int(sys.argv[3])
+real = load_data("digits_av")
 method = get_method("avdd", "digits_av", ipc=1, width=4, batch=8, start_from="random", iterations=6)
 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 distill(method, real, compute=EXACT, folder=folder, store=store, checkpoint_every=0., progress=False)
@@ -180,17 +169,20 @@ distill(method, real, compute=EXACT, folder=folder, store=store, checkpoint_ever
 @pytest.mark.parametrize("what, most", [("checkpoint", 100_000), ("block", 1_500)])
 def test_a_write_that_fails_half_way(real, whole, tmp_path, what, most):
     "As on a full disk: a clear end, nothing lost, and the run finishes when there is room"
-    folder, store = tmp_path / "run", tmp_path / "store" if what == "block" else None
+    folder = tmp_path / "run"
+    store = tmp_path / "store" if what == "block" else None
     files = stop(real, folder, store)
     identity = run_identity(METHOD, real, 0, tuple(range(10)))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    child = subprocess.run([sys.executable, "-c", LIMITED, folder, store or "", str(most)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", LIMITED, folder, store or "", str(most)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert child.returncode == 1
     last = child.stderr.strip().split("\n")[-1]
     assert last.startswith(f"OSError: cannot write {tmp_path}") and what in last
     assert "File too large" in last and "what was there before is untouched" in last
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before         # nor is a temporary file left
-    assert Checkpoints(folder, identity).load()[0] == STOPPED and Checkpoints(folder, identity).files() == files
+    # nor is a temporary file left
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert Checkpoints(folder, identity).load().t == STOPPED and Checkpoints(folder, identity).files() == files
     distilled, started = finish(real, folder, store)
     assert started == STOPPED and same(distilled, whole)
 
@@ -207,11 +199,8 @@ def finished(real, tmp_path_factory):
     return runs, folder, rows
 
 def again(real, runs):
-    workers, os.environ["DDREPRO_WORKERS"] = os.environ.get("DDREPRO_WORKERS"), "0"
-    try: return run_all([EXPERIMENT], real, runs=runs, store=runs / "store", compute=dict(compute=EXACT), progress=False)
-    finally:
-        if workers is None: del os.environ["DDREPRO_WORKERS"]
-        else: os.environ["DDREPRO_WORKERS"] = workers
+    with one_process():
+        return run_all([EXPERIMENT], real, runs=runs, store=runs / "store", compute=dict(compute=EXACT), progress=False)
 
 def removed(path): path.unlink()
 
@@ -227,8 +216,8 @@ def test_distilled_set_is_made_again(real, finished, capsys, name, damage):
     SOME[damage](folder / name)
     capsys.readouterr()
     assert again(real, runs).equals(rows)
-    told = capsys.readouterr().out
-    if (name, damage) != ("certificate.txt", "missing"): assert f"{name} " in told and "making it again" in told
+    printed = capsys.readouterr().out
+    if (name, damage) != ("certificate.txt", "missing"): assert f"{name} " in printed and "making it again" in printed
     assert (folder / "distilled.json").read_bytes() == card
     again(real, runs)
     assert "making it again" not in capsys.readouterr().out

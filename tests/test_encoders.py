@@ -1,29 +1,37 @@
 """Encoders: what is imported when, what is missing, second derivatives, and the published networks."""
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
 
-import ddrepro.encoders as chapter
-from ddrepro.encoders import (PretrainedText, TextProjection, TfidfText, dropout_mask, image_encoder, pretrained_text, text_encoder,
-                              text_projection, trainable)
+from ddrepro.contrastive import contrastive_loss
+from ddrepro.encoders import TextProjection, dropout_mask, image_encoder, text_projection, trainable
 from ddrepro.files import DamagedFile
-from ddrepro.retrieval import contrastive_loss
 from ddrepro.seeding import isolated_rng, keyed_normal
+from ddrepro.text_encoders import PretrainedText, TfidfText, pretrained_text, text_encoder
 
-with_extra = pytest.mark.skipif(not all(map(find_spec, ("timm", "peft", "transformers"))), reason="needs ddrepro[encoders]")
-CAPTIONS = [f"{a} {b} {c}" for a in ("dog", "boy", "girl", "man") for b in ("runs", "sits", "jumps") for c in ("here", "there", "outside")]
+has_extra = all(map(find_spec, ("timm", "peft", "transformers")))
+with_extra = pytest.mark.skipif(not has_extra, reason="needs ddrepro[encoders]")
+WORDS = ("dog", "boy", "girl", "man"), ("runs", "sits", "jumps"), ("here", "there", "outside")
+CAPTIONS = [" ".join(words) for words in product(*WORDS)]
 
 
 def test_nothing_optional_is_imported():
-    code = "import sys, ddrepro.encoders; print({'timm', 'peft', 'transformers', 'huggingface_hub'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = ("import sys, ddrepro.encoders, ddrepro.text_encoders\n"
+            "print({'timm', 'peft', 'transformers', 'huggingface_hub'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("package, use", [("timm", lambda: image_encoder("nfnet_l0", 32)), ("transformers", lambda: text_encoder("bert")),
-                                          ("peft", lambda: image_encoder("smallvit", 32, lora=2))])
+@pytest.mark.parametrize("package, use", [
+    ("timm", lambda: image_encoder("nfnet_l0", 32)),
+    ("transformers", lambda: text_encoder("bert")),
+    ("peft", lambda: image_encoder("smallvit", 32, lora=2)),
+])
 def test_a_missing_package_is_named(monkeypatch, package, use):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{package} is needed .*ddrepro\[encoders\]"): use()
@@ -31,7 +39,8 @@ def test_a_missing_package_is_named(monkeypatch, package, use):
 
 def unrolled(net, projection, x, y):
     "Two differentiable steps, then the squared parameters: a gradient to pictures and texts through the steps"
-    parameters = {**{f"net.{n}": p for n, p in trainable(net).items()}, **{f"text.{n}": p for n, p in trainable(projection).items()}}
+    parameters = {**{f"net.{n}": p for n, p in trainable(net).items()},
+                  **{f"text.{n}": p for n, p in trainable(projection).items()}}
     both = torch.nn.ModuleDict({"net": net, "text": projection})
     class Loss(torch.nn.Module):
         def __init__(self):
@@ -39,12 +48,14 @@ def unrolled(net, projection, x, y):
             self.both = both
 
         def forward(self, x, y):
-            return contrastive_loss(self.both["net"](x), self.both["text"](y, dropout_mask((len(y), 64), .1, 0, "test")))
+            text = self.both["text"](y, dropout_mask((len(y), 64), .1, 0, "test"))
+            return contrastive_loss(self.both["net"](x), text)
 
     model = Loss()
     values = {f"both.{n}": p for n, p in parameters.items()}
     for _ in range(2):
-        grads = torch.autograd.grad(torch.func.functional_call(model, values, (x, y)), list(values.values()), create_graph=True)
+        loss = torch.func.functional_call(model, values, (x, y))
+        grads = torch.autograd.grad(loss, list(values.values()), create_graph=True)
         values = {n: v - .1 * g for (n, v), g in zip(values.items(), grads)}
     return sum(v.square().sum() for v in values.values())
 
@@ -53,11 +64,15 @@ def unrolled(net, projection, x, y):
 def test_gradients_through_steps(name, settings):
     net, projection = image_encoder(name, 32, **settings).double(), text_projection(12, 64).double()
     assert net.features == 64
-    x, y = keyed_normal((4, 3, 32, 32), 0, "test/x").double().requires_grad_(), keyed_normal((4, 12), 0, "test/y").double().requires_grad_()
+    x = keyed_normal((4, 3, 32, 32), 0, "test/x").double().requires_grad_()
+    y = keyed_normal((4, 12), 0, "test/y").double().requires_grad_()
     gx, gy = torch.autograd.grad(unrolled(net, projection, x, y), (x, y))
     for i, (leaf, g) in enumerate(((x, gx), (y, gy))):
-        way, step = keyed_normal(tuple(leaf.shape), 1, "test/way").double(), 1e-7     # small: a ReLU's kink between the ends spoils it
-        moved = lambda s: ((leaf + s * way if j == i else other).detach() for j, other in enumerate((x, y)))
+        # small: a ReLU's kink between the ends spoils it
+        way, step = keyed_normal(tuple(leaf.shape), 1, "test/way").double(), 1e-7
+
+        def moved(s): return ((leaf + s * way if j == i else other).detach() for j, other in enumerate((x, y)))
+
         ends = [unrolled(net, projection, *moved(s)).item() for s in (step, -step)]
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx((g * way).sum().item(), rel=1e-3)
 
@@ -86,11 +101,12 @@ def test_normaliser_free_nets(name, D):
 
 @with_extra
 def test_key_and_adapters():
-    one, same, other = (image_encoder("vit_tiny_patch16_224", 32, pretrained=False, lora=4, indices=(i,)) for i in (0, 0, 1))
+    vit = partial(image_encoder, "vit_tiny_patch16_224", 32, pretrained=False)
+    one, same, other = (vit(lora=4, indices=(i,)) for i in (0, 0, 1))
     assert all(torch.equal(p, same.get_parameter(n)) for n, p in one.named_parameters())
     assert any(not torch.equal(p, other.get_parameter(n)) for n, p in trainable(one).items())
     assert all("lora_" in n for n in trainable(one)) and not one.net.patch_embed.proj.weight.requires_grad
-    plain = image_encoder("vit_tiny_patch16_224", 32, pretrained=False, indices=(0,))
+    plain = vit(indices=(0,))
     assert torch.equal(plain.net.blocks[0].attn.qkv.weight, one.net.blocks[0].attn.qkv.weight)
     small = image_encoder("smallvit", 32, width=32, lora=2)
     assert sum(p.numel() for p in trainable(small).values()) == 4 * 2 * 32 * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
@@ -107,7 +123,8 @@ def test_without_weights(monkeypatch):
     plain = image_encoder("vit_tiny_patch16_224", 32, pretrained=False)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), plain.parameters()))
     with pytest.raises(OSError, match="HF_HOME"): image_encoder("vit_tiny_patch16_224", 32, pretrained=True)
-    with pytest.raises(OSError, match="weights of no-such/model.*HF_HOME.*tfidf"): pretrained_text("bert", weights="no-such/model")
+    with pytest.raises(OSError, match="weights of no-such/model.*HF_HOME.*tfidf"):
+        pretrained_text("bert", weights="no-such/model")
     assert constants.HF_HUB_OFFLINE is False
 
 
@@ -118,8 +135,10 @@ def test_text_models_from_a_folder(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for c in CAPTIONS for w in c.split()})]
     tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16)
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokens.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    names = dict(pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, model_max_length=16, **names)
     size = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     with isolated_rng(0, "test/models"):
         bert = BertModel(BertConfig(**size)).eval()
@@ -127,16 +146,23 @@ def test_text_models_from_a_folder(tmp_path):
         clip = CLIPTextModelWithProjection(config).eval()
     for name, model, width in (("bert", bert, 16), ("sentence", bert, 16), ("clip", clip, 8)):
         folder = tmp_path / name
-        model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         encoder = text_encoder(name, weights=str(folder))
         texts = CAPTIONS[:5] + ["dog"]
-        found = encoder.encode(texts)
-        assert found.shape == (6, width) and encoder.dim == width and found.dtype == torch.float32 and not found.requires_grad
-        assert torch.allclose(found, PretrainedText(name, model, tokenizer, batch=2).encode(texts, progress="texts"), atol=1e-5)
+        vectors = encoder.encode(texts)
+        assert vectors.shape == (6, width)
+        assert encoder.dim == width
+        assert vectors.dtype == torch.float32
+        assert not vectors.requires_grad
+        in_twos = PretrainedText(name, model, tokenizer, batch=2)
+        assert torch.allclose(vectors, in_twos.encode(texts, progress="texts"), atol=1e-5)
         ids = torch.tensor([[2, words.index("dog"), 3]])
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        expected = dict(bert=lambda: out.last_hidden_state[0, 0], sentence=lambda: out.last_hidden_state[0].mean(0), clip=lambda: out.text_embeds[0])
-        assert torch.allclose(found[5], expected[name](), atol=1e-5)
+        if name == "bert": expected = out.last_hidden_state[0, 0]
+        elif name == "sentence": expected = out.last_hidden_state[0].mean(0)
+        else: expected = out.text_embeds[0]
+        assert torch.allclose(vectors[5], expected, atol=1e-5)
 
 
 def test_tfidf_file(tmp_path):
@@ -152,7 +178,9 @@ def test_projection_modes():
     p = TextProjection(5, 8, dropout=.5).train()
     y = keyed_normal((2000, 5), 0, "test/y")
     mask = dropout_mask((2000, 8), .5, 0, "test/mask")
-    assert torch.equal(p(y, mask), p(y, mask)) and not torch.equal(p(y), p(y)) and torch.equal(p.eval()(y), p(y, torch.ones(2000, 8)))
+    assert torch.equal(p(y, mask), p(y, mask))
+    assert not torch.equal(p(y), p(y))
+    assert torch.equal(p.eval()(y), p(y, torch.ones(2000, 8)))
     assert torch.equal(dropout_mask((3, 8), .5, 0, "test/mask"), mask[:3]) and set(mask.unique().tolist()) == {0., 2.}
     assert torch.equal(text_projection(5, 8, seed=4).first.weight, text_projection(5, 8, seed=4).first.weight)
 

@@ -1,13 +1,9 @@
-"""The image sets from small made-up files of every published format, from the real packs where there are any, and from folders."""
-import gzip
+"""The image sets from small made-up files of every published format, from the real packs, and from folders."""
 import hashlib
 import io
 import re
 import shutil
 import tarfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -18,12 +14,15 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.transforms import functional
 
 import ddrepro.datasets.image_sets as chapter
-from ddrepro.data import DIGITS, FULL, list_data, load_data
-from ddrepro.datasets.folders import IMAGES, image_folder, median_size, read_image
+from ddrepro.data import DIGITS, FULL
+from ddrepro.datasets.folders import IMAGES, image_folder, median_size
 from ddrepro.files import DamagedFile
+from ddrepro.pictures import read_image
+from ddrepro.registry import list_data, load_data
 from ddrepro.seeding import keyed
+from helpers import idx, served
 
-# protocols, section 1.1
+# shape, sizes, classes, constants and augmentation as the papers have them
 PROTOCOL = {
     "mnist": ((1, 28, 28), 60000, 10000, 10, (.1307,), (.3081,), DIGITS),
     "fashion_mnist": ((1, 28, 28), 60000, 10000, 10, (.2861,), (.3530,), FULL),
@@ -35,8 +34,10 @@ NAMES = list(PROTOCOL)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_constants_are_the_protocols(name):
-    known = chapter.SETS[name]
-    assert (known.shape, known.train, known.test, len(known.classes), known.normalisation.mean, known.normalisation.std, known.strategy) == PROTOCOL[name]
+    known = chapter.IMAGE_SETS[name]
+    sizes = known.train, known.test, len(known.classes)
+    constants = known.normalisation.mean, known.normalisation.std
+    assert (known.shape, *sizes, *constants, known.strategy) == PROTOCOL[name]
     row = list_data().set_index("name").loc[name]
     assert (row.modalities, row.classes, row.sizes) == ("image", len(known.classes), known.sizes)
 
@@ -54,17 +55,11 @@ def labels_of(name, part):
 
 
 def images_of(name, part):
-    shape = chapter.SETS[name].shape
+    shape = chapter.IMAGE_SETS[name].shape
     return keyed(0, "images", name, part).integers(0, 256, (SIZES[part], *shape), dtype=np.uint8)
 
 
 def sha(array): return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def idx(array):
-    "An array in the format of MNIST's files, compressed"
-    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return gzip.compress(head + array.astype(np.uint8).tobytes())
 
 
 def archive(files):
@@ -78,7 +73,8 @@ def archive(files):
 
 def svhn_file(part):
     images, labels = images_of("svhn", part), labels_of("svhn", part)
-    savemat(made := io.BytesIO(), {"X": images.transpose(2, 3, 1, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]})
+    y = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+    savemat(made := io.BytesIO(), {"X": images.transpose(2, 3, 1, 0), "y": y})
     return made.getvalue()
 
 
@@ -89,19 +85,17 @@ def cifar_rows(name, part):
 
 
 def cifar10_file():
-    batches = {f"data_batch_{i + 1}.bin": rows.tobytes() for i, rows in enumerate(np.split(cifar_rows("cifar10", "train"), 5))}
+    batches = {f"data_batch_{i + 1}.bin": rows.tobytes()
+               for i, rows in enumerate(np.split(cifar_rows("cifar10", "train"), 5))}
     names = "\n".join(chapter.OBJECTS).encode() + b"\n\n"
-    return archive({"batches.meta.txt": names, **dict(sorted(batches.items(), reverse=True)), "test_batch.bin": cifar_rows("cifar10", "test").tobytes()})
+    return archive({"batches.meta.txt": names, **dict(sorted(batches.items(), reverse=True)),
+                    "test_batch.bin": cifar_rows("cifar10", "test").tobytes()})
 
 
 def cifar100_file():
     names = "\n".join(f"kind_{i:02}" for i in range(100)).encode()
     return archive({"coarse_label_names.txt": b"things", "fine_label_names.txt": names,
                     **{f"{p}.bin": cifar_rows("cifar100", p).tobytes() for p in SIZES}})
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): return
 
 
 @pytest.fixture
@@ -121,59 +115,68 @@ def made(tmp_path, monkeypatch):
                 (site / name / file).write_bytes(idx(array))
                 resources.append((file, hashlib.md5((site / name / file).read_bytes()).hexdigest()))
         monkeypatch.setattr(kind, "resources", resources)
-    files = {"svhn": {f"{p}_32x32.mat": svhn_file(p) for p in SIZES}, "cifar10": {"cifar-10-binary.tar.gz": cifar10_file()},
-             "cifar100": {"cifar-100-binary.tar.gz": cifar100_file()}}
+    files = {
+        "svhn": {f"{p}_32x32.mat": svhn_file(p) for p in SIZES},
+        "cifar10": {"cifar-10-binary.tar.gz": cifar10_file()},
+        "cifar100": {"cifar-100-binary.tar.gz": cifar100_file()},
+    }
+    md5 = {name: {f: hashlib.md5(c).hexdigest() for f, c in contents.items()} for name, contents in files.items()}
     for contents in files.values():
         for file, content in contents.items(): (site / file).write_bytes(content)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/"
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(MNIST, "mirrors", [f"{address}mnist/"])
-    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}fashion_mnist/"])
-    monkeypatch.setattr(chapter, "SITE", dict.fromkeys(files, address))
-    monkeypatch.setattr(chapter, "ARCHIVES", {name: {f: hashlib.md5(c).hexdigest() for f, c in contents.items()} for name, contents in files.items()})
-    monkeypatch.setattr(chapter, "PROOFS", proofs | {"cifar10": chapter.PROOFS["cifar10"]})
-    yield site, tmp_path / "data"
-    server.shutdown()
-    server.server_close()
+    with served(site) as address:
+        monkeypatch.setattr(MNIST, "mirrors", [f"{address}mnist/"])
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}fashion_mnist/"])
+        monkeypatch.setattr(chapter, "SITE", dict.fromkeys(files, address))
+        monkeypatch.setattr(chapter, "ARCHIVES", md5)
+        monkeypatch.setattr(chapter, "PROOFS", proofs | {"cifar10": chapter.PROOFS["cifar10"]})
+        yield site, tmp_path / "data"
 
 
-def pixels(*parts): return sorted(x.tobytes() + bytes([y]) for p in parts for x, y in zip(p.inputs["image"].numpy(), p.labels.numpy()))
+def pixels(*parts):
+    return sorted(x.tobytes() + bytes([y]) for p in parts for x, y in zip(p.inputs["image"].numpy(), p.labels.numpy()))
 
 
-def given(name, part): return sorted(x.tobytes() + bytes([y]) for x, y in zip(images_of(name, part), labels_of(name, part).astype(np.uint8)))
+def expected_pixels(name, part):
+    return sorted(x.tobytes() + bytes([y])
+                  for x, y in zip(images_of(name, part), labels_of(name, part).astype(np.uint8)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_set_is_downloaded_once_and_read_as_it_was_written(made, name):
     site, root = made
-    assert chapter.where(name, root) == ""
+    assert chapter.where_images(name, root) == ""
     real = load_data(name, root=root)
-    shape, _, _, classes, mean, std, strategy = PROTOCOL[name]
-    assert chapter.where(name, root) == "downloaded" and {p.name for p in root.iterdir()} == {"torchvision"}
+    shape, *_, strategy = PROTOCOL[name]
+    classes = PROTOCOL[name][3]
+    constants = PROTOCOL[name][4:6]
+    assert chapter.where_images(name, root) == "downloaded" and {p.name for p in root.iterdir()} == {"torchvision"}
     assert real.shapes == {"image": shape} and real.train.inputs["image"].dtype == torch.uint8
-    assert pixels(real.train, real.validation) == given(name, "train") and pixels(real.test) == given(name, "test")
+    assert pixels(real.train, real.validation) == expected_pixels(name, "train")
+    assert pixels(real.test) == expected_pixels(name, "test")
     share = max(1, round(.1 * SIZES["train"] / classes))
     assert real.validation.labels.bincount().tolist() == [share] * classes and len(real.classes) == classes
-    assert (real.normalisation["image"].mean, real.normalisation["image"].std, real.strategy) == (mean, std, strategy)
-    assert real.about["source"] == chapter.SETS[name].source and real.about["published"] and "0.1 of the published train" in real.about["remark"]
+    assert (real.normalisation["image"].mean, real.normalisation["image"].std) == constants
+    assert real.strategy == strategy
+    assert real.about["source"] == chapter.IMAGE_SETS[name].source
+    assert real.about["published"]
+    assert "0.1 of the published train" in real.about["remark"]
     assert "JPEG" not in real.about["remark"]
     shutil.rmtree(site)
     again = load_data(name, root=root, download=False)
     assert again.fingerprint == real.fingerprint
     few = load_data(name, root=root, download=False, train_per_class=1, validation=.25)
     assert few.train.labels.bincount().tolist() == [1] * classes
-    assert len(few.validation) == max(1, round(.25 * SIZES["train"] / classes)) * classes and len(few.test) == SIZES["test"]
+    assert len(few.validation) == max(1, round(.25 * SIZES["train"] / classes)) * classes
+    assert len(few.test) == SIZES["test"]
     assert load_data(name, root=root, train_per_class=1).train.labels.bincount().max() == 1
 
 
 def test_names_of_the_hundred_come_from_the_archive(made):
-    own = chapter.cifar100(root=made[1])
+    ours = chapter.cifar100(root=made[1])
     theirs = chapter.cifar100(root=made[1], constants="cifar10")
-    assert own.classes[:2] == ("kind_00", "kind_01")
-    assert theirs.normalisation["image"] == chapter.SETS["cifar10"].normalisation != own.normalisation["image"]
-    assert theirs.fingerprint != own.fingerprint and "CIFAR-10's constants" in theirs.about["remark"]
+    assert ours.classes[:2] == ("kind_00", "kind_01")
+    assert theirs.normalisation["image"] == chapter.IMAGE_SETS["cifar10"].normalisation != ours.normalisation["image"]
+    assert theirs.fingerprint != ours.fingerprint and "CIFAR-10's constants" in theirs.about["remark"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,8 +187,9 @@ def test_a_damaged_download_is_refused_and_leaves_nothing_to_read(made, name):
     good = file.read_bytes()
     for damaged in (good[:len(good) // 2], good[:len(good) // 3] + b"??" + good[len(good) // 3 + 2:]):
         file.write_bytes(damaged)
-        with pytest.raises((DamagedFile, ConnectionError), match="on a machine with a network"): load_data(name, root=root)
-        assert chapter.where(name, root) == ""
+        with pytest.raises((DamagedFile, ConnectionError), match="on a machine with a network"):
+            load_data(name, root=root)
+        assert chapter.where_images(name, root) == ""
     file.write_bytes(good)
     assert len(load_data(name, root=root).test) == SIZES["test"]
 
@@ -194,11 +198,13 @@ def test_a_damaged_download_is_refused_and_leaves_nothing_to_read(made, name):
 def test_a_damaged_file_is_refused_by_name(made, name):
     root = made[1]
     load_data(name, root=root)
-    for path in sorted(p for p in (root / "torchvision").rglob("*") if p.is_file() and p.suffix != ".gz" or p.name.endswith("tar.gz")):
+    for path in sorted(p for p in (root / "torchvision").rglob("*")
+                       if p.is_file() and p.suffix != ".gz" or p.name.endswith("tar.gz")):
         good = path.read_bytes()
         for damaged in (good[:3], good[:len(good) // 2], good[:-1] + bytes([good[-1] ^ 1])):
             path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=f"{re.escape(str(root / 'torchvision'))}.* damaged"): load_data(name, root=root, download=False)
+            with pytest.raises(ValueError, match=f"{re.escape(str(root / 'torchvision'))}.* damaged"):
+                load_data(name, root=root, download=False)
         path.write_bytes(good)
 
 
@@ -207,7 +213,12 @@ def test_neither_files_nor_network_names_all_ways(made, monkeypatch, name):
     root, nowhere = made[1], "http://127.0.0.1:9/"
     for kind in (MNIST, FashionMNIST): monkeypatch.setattr(kind, "mirrors", [nowhere])
     monkeypatch.setattr(chapter, "SITE", dict.fromkeys(chapter.ARCHIVES, nowhere))
-    places = [str(root / "torchvision"), f"load_data('{name}') on a machine with a network", *chapter.pack_names(name).values(), *chapter.ARCHIVES.get(name, ())]
+    places = [
+        str(root / "torchvision"),
+        f"load_data('{name}') on a machine with a network",
+        *chapter.pack_names(name).values(),
+        *chapter.ARCHIVES.get(name, ()),
+    ]
     for error, download in ((ConnectionError, True), (FileNotFoundError, False)):
         with pytest.raises(error) as raised: load_data(name, root=root, download=download)
         for place in [name, *places]: assert place in str(raised.value)
@@ -238,36 +249,46 @@ def write_packs(root, monkeypatch, name):
 def test_packs_and_downloads_are_the_same_data(made, tmp_path, monkeypatch, name):
     downloaded = load_data(name, root=made[1])
     write_packs(tmp_path / "packs", monkeypatch, name)
-    assert chapter.where(name, tmp_path / "packs") == "DDREPRO_DATA packs"
+    assert chapter.where_images(name, tmp_path / "packs") == "DDREPRO_DATA packs"
     assert load_data(name, root=tmp_path / "packs", download=False).fingerprint == downloaded.fingerprint
 
 
 def test_mnist_that_av_mnist_downloaded_is_used(tmp_path, monkeypatch):
     write_packs(tmp_path, monkeypatch, "mnist")
     (tmp_path / "mnist").rename(tmp_path / "av_mnist")
-    assert chapter.where("mnist", tmp_path) == "downloaded" and len(load_data("mnist", root=tmp_path, download=False).test) == 100
+    assert chapter.where_images("mnist", tmp_path) == "downloaded"
+    assert len(load_data("mnist", root=tmp_path, download=False).test) == 100
 
 
 def test_cifar10_as_jpeg_says_so_and_gives_way_to_the_original(made, monkeypatch):
     root = made[1]
     write_packs(root, monkeypatch, "cifar10")
     real = load_data("cifar10", root=root)
-    assert chapter.where("cifar10", root) == "DDREPRO_DATA packs (JPEG)"
-    assert real.about["remark"].startswith("decoded from JPEG quality 75: not exactly comparable with the original pixels")
-    assert not (root / "torchvision").exists() and len(real.train) + len(real.validation) == 200 and real.classes == chapter.OBJECTS
+    assert chapter.where_images("cifar10", root) == "DDREPRO_DATA packs (JPEG)"
+    remark = "decoded from JPEG quality 75: not exactly comparable with the original pixels"
+    assert real.about["remark"].startswith(remark)
+    assert not (root / "torchvision").exists()
+    assert len(real.train) + len(real.validation) == 200
+    assert real.classes == chapter.OBJECTS
     Image.fromarray(images_of("cifar10", "test")[4].transpose(1, 2, 0)).save(file := io.BytesIO(), "JPEG", quality=75)
     assert (real.test.inputs["image"][4].numpy().transpose(1, 2, 0) == np.asarray(Image.open(file))).all()
     chapter.downloads(root).mkdir()
     shutil.copy(made[0] / "cifar-10-binary.tar.gz", chapter.downloads(root))
     original = load_data("cifar10", root=root, download=False)
-    assert "JPEG" not in original.about["remark"] and pixels(original.test) == given("cifar10", "test")
+    assert "JPEG" not in original.about["remark"] and pixels(original.test) == expected_pixels("cifar10", "test")
 
 
-@pytest.mark.parametrize("name, array", [("mnist", "images"), ("fashion_mnist", "labels"), ("cifar10", "jpeg"), ("cifar10", "offsets")])
+@pytest.mark.parametrize("name, array", [
+    ("mnist", "images"),
+    ("fashion_mnist", "labels"),
+    ("cifar10", "jpeg"),
+    ("cifar10", "offsets"),
+])
 def test_another_pack_is_refused(tmp_path, monkeypatch, name, array):
     write_packs(tmp_path, monkeypatch, name)
     monkeypatch.setitem(chapter.PROOFS[name]["test"], array, "0" * 64)
-    with pytest.raises(ValueError, match=f"{array} of .*{name}_test.* is damaged or another version"): load_data(name, root=tmp_path, download=False)
+    with pytest.raises(ValueError, match=f"{array} of .*{name}_test.* is damaged or another version"):
+        load_data(name, root=tmp_path, download=False)
     path = tmp_path / chapter.pack_names(name)["test"]
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DamagedFile, match="damaged or not a pack"): load_data(name, root=tmp_path, download=False)
@@ -276,11 +297,16 @@ def test_another_pack_is_refused(tmp_path, monkeypatch, name, array):
 def test_half_a_pair_of_packs_is_none(tmp_path, monkeypatch):
     write_packs(tmp_path, monkeypatch, "fashion_mnist")
     (tmp_path / chapter.pack_names("fashion_mnist")["test"]).unlink()
-    with pytest.raises(FileNotFoundError, match="fashion_mnist_test.npz"): load_data("fashion_mnist", root=tmp_path, download=False)
+    with pytest.raises(FileNotFoundError, match="fashion_mnist_test.npz"):
+        load_data("fashion_mnist", root=tmp_path, download=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("option, words", [(dict(train_per_class=0), "at least 1"), (dict(validation=0), "between 0 and 1"), (dict(validation=1.), "between 0 and 1")])
+@pytest.mark.parametrize("option, words", [
+    (dict(train_per_class=0), "at least 1"),
+    (dict(validation=0), "between 0 and 1"),
+    (dict(validation=1.), "between 0 and 1"),
+])
 def test_options_out_of_range_are_refused_before_anything_is_read(tmp_path, name, option, words):
     with pytest.raises(ValueError, match=words): load_data(name, root=tmp_path, **option)
     assert not list(tmp_path.iterdir())
@@ -307,26 +333,35 @@ def packs():
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
 def test_the_real_packs(packs, data_root, name):
-    real, known = packs(name), chapter.SETS[name]
+    real, known = packs(name), chapter.IMAGE_SETS[name]
     assert "/".join(str(len(p)) for p in (real.train, real.validation, real.test)) == known.sizes
     assert real.shapes == {"image": known.shape} and real.train.inputs["image"].dtype == torch.uint8
     both = (real.train.labels.bincount() + real.validation.labels.bincount()).tolist()
-    mnist = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert (both, real.test.labels.bincount().tolist()) == (mnist if name == "mnist" else ([known.train // 10] * 10, [1000] * 10))
-    x = torch.cat([real.train.inputs["image"], real.validation.inputs["image"]]).transpose(0, 1).flatten(1)[:, ::13].float() / 255
+    expected = [known.train // 10] * 10, [1000] * 10
+    if name == "mnist":
+        expected = ([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
+                    [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])
+    assert (both, real.test.labels.bincount().tolist()) == expected
+    images = torch.cat([real.train.inputs["image"], real.validation.inputs["image"]])
+    x = images.transpose(0, 1).flatten(1)[:, ::13].float() / 255
     constants = real.normalisation["image"]
     assert (x.mean(1) - torch.tensor(constants.mean)).abs().max() < 1e-3
     if name == "cifar10":
-        assert (x.std(1) - torch.tensor([.2470, .2435, .2616])).abs().max() < 3e-3       # of the pixels, unlike the authors' constants
+        # of the pixels, unlike the authors' constants
+        assert (x.std(1) - torch.tensor([.2470, .2435, .2616])).abs().max() < 3e-3
         inside = real.train.inputs["image"][::5].float().div(255).flatten(2).std(2).mean(0)
-        assert (inside - torch.tensor(constants.std)).abs().max() < 3e-3                  # which are means over images, less some detail in JPEG
-        assert "JPEG" in real.about["remark"] and chapter.where(name) == "DDREPRO_DATA packs (JPEG)"
-    else: assert (x.std(1) - torch.tensor(constants.std)).abs().max() < 1e-3 and chapter.where(name) == "DDREPRO_DATA packs"
+        # which are means over images, less some detail in JPEG
+        assert (inside - torch.tensor(constants.std)).abs().max() < 3e-3
+        assert "JPEG" in real.about["remark"] and chapter.where_images(name) == "DDREPRO_DATA packs (JPEG)"
+    else:
+        assert (x.std(1) - torch.tensor(constants.std)).abs().max() < 1e-3
+        assert chapter.where_images(name) == "DDREPRO_DATA packs"
 
 
 def test_parts_of_a_real_set_are_disjoint_and_cover_it(packs, data_root):
     real = packs("fashion_mnist")
-    prints = [{hashlib.md5(x.tobytes()).digest() for x in getattr(real, p).inputs["image"].numpy()} for p in ("train", "validation", "test")]
+    prints = [{hashlib.md5(x.tobytes()).digest() for x in getattr(real, p).inputs["image"].numpy()}
+              for p in ("train", "validation", "test")]
     assert [len(p) for p in prints] == [54000, 6000, 10000] and len(set.union(*prints)) == 70000
 
 
@@ -383,7 +418,14 @@ def test_resizing_is_bilinear_with_antialias_then_a_centre_crop(tmp_path, size):
     assert (everything - wanted).abs().amax((1, 2, 3)).min() <= 1
 
 
-@pytest.mark.parametrize("sides, expected", [([32, 32], 32), ([30, 35], 32), ([3, 5], 8), ([500, 400, 300], 64), ([43, 43, 12], 40), ([64, 20, 21], 24)])
+@pytest.mark.parametrize("sides, expected", [
+    ([32, 32], 32),
+    ([30, 35], 32),
+    ([3, 5], 8),
+    ([500, 400, 300], 64),
+    ([43, 43, 12], 40),
+    ([64, 20, 21], 24),
+])
 def test_default_size_is_near_the_median(tmp_path, sides, expected):
     for i, side in enumerate(sides): Image.new("L", (side, side + i)).save(tmp_path / f"{i}.png")
     assert median_size(sorted(tmp_path.iterdir())) == expected
@@ -394,13 +436,17 @@ def test_default_size_is_near_the_median(tmp_path, sides, expected):
 def test_modes(tmp_path, mode, channels):
     grey = np.repeat(np.arange(0, 256, 17, dtype=np.uint8)[None], 16, 0)
     if mode == "1": grey = np.where(grey > 100, 255, 0).astype(np.uint8)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert("RGB" if mode == "P" else mode)
-    image = image.convert("P") if mode == "P" else image
+    if mode == "I;16": image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "P": image = Image.fromarray(grey).convert("RGB").convert("P")
+    else: image = Image.fromarray(grey).convert(mode)
     jpeg = mode in ("CMYK", "YCbCr")
-    image.save(path := tmp_path / ("x.jpg" if jpeg else "x.png"), **(dict(quality=100) if jpeg else {}))
-    found = np.asarray(read_image(path, channels)).astype(int)
-    assert found.shape == ((16, 16) if channels == 1 else (16, 16, 3))
-    assert np.abs(found.reshape(16, 16, -1) - grey[..., None].astype(int)).max() <= (26 if mode == "P" else 3 if jpeg else 0)
+    path = tmp_path / ("x.jpg" if jpeg else "x.png")
+    if jpeg: image.save(path, quality=100)
+    else: image.save(path)
+    tolerance = {"P": 26, "CMYK": 3, "YCbCr": 3}.get(mode, 0)
+    read = np.asarray(read_image(path, channels)).astype(int)
+    assert read.shape == ((16, 16) if channels == 1 else (16, 16, 3))
+    assert np.abs(read.reshape(16, 16, -1) - grey[..., None].astype(int)).max() <= tolerance
 
 
 def test_transparency_is_white_and_a_gif_its_first_frame(tmp_path):
@@ -430,16 +476,19 @@ def test_given_parts_are_kept(tmp_path):
     write_folder(tmp_path / "train", n=10)
     write_folder(tmp_path / "test", n=2)
     real = load_data("image_folder", folder=str(tmp_path), size=8, channels=1)
-    assert [len(p) for p in (real.train, real.validation, real.test)] == [18, 2, 4] and real.shapes == {"image": (1, 8, 8)}
+    assert [len(p) for p in (real.train, real.validation, real.test)] == [18, 2, 4]
+    assert real.shapes == {"image": (1, 8, 8)}
     write_folder(tmp_path / "validation", n=3)
     assert [len(p) for p in (lambda r: (r.train, r.validation, r.test))(image_folder(tmp_path))] == [20, 6, 4]
     write_folder(tmp_path / "test", classes=("cat",))
-    with pytest.raises(ValueError, match=r"must hold the same classes; only one of them has cat"): image_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"must hold the same classes; only one of them has cat"):
+        image_folder(tmp_path)
 
 
 def test_what_is_no_picture_is_left_alone(tmp_path):
     before = image_folder(write_folder(tmp_path)).fingerprint
-    for name in (".DS_Store", "ant/Thumbs.db", "ant/.hidden.png", "notes.txt", "ant/notes.txt"): (tmp_path / name).write_text("no picture")
+    for name in (".DS_Store", "ant/Thumbs.db", "ant/.hidden.png", "notes.txt", "ant/notes.txt"):
+        (tmp_path / name).write_text("no picture")
     write_folder(tmp_path / "ant/more")
     write_folder(tmp_path, classes=(".cache",))
     assert image_folder(tmp_path).fingerprint == before
@@ -473,10 +522,14 @@ def alone(folder): shutil.rmtree(folder / "ant")
 
 
 @pytest.mark.parametrize("damage, error, words", [
-    (missing, FileNotFoundError, r"folder must name a folder .*insects"), (unclassed, ValueError, r"insects must hold a folder for each of two classes.*none"),
-    (empty, ValueError, r"class folder .*cow is empty.*\.png"), (broken, DamagedFile, r"bee.3\.png cannot be read as an image"),
-    (foreign, DamagedFile, r"bee.3\.png cannot be read as an image"), (few, ValueError, r"insects has too few files of bee \(2\): .* at least 3"),
-    (alone, ValueError, r"found only 'bee'")])
+    (missing, FileNotFoundError, r"folder must name a folder .*insects"),
+    (unclassed, ValueError, r"insects must hold a folder for each of two classes.*none"),
+    (empty, ValueError, r"class folder .*cow is empty.*\.png"),
+    (broken, DamagedFile, r"bee.3\.png cannot be read as an image"),
+    (foreign, DamagedFile, r"bee.3\.png cannot be read as an image"),
+    (few, ValueError, r"insects has too few files of bee \(2\): .* at least 3"),
+    (alone, ValueError, r"found only 'bee'"),
+])
 @pytest.mark.parametrize("size", [None, 16])
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, damage, error, words, size):
     folder = write_folder(tmp_path / "insects")
@@ -484,8 +537,12 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, damage, error, words, si
     with pytest.raises(error, match=words): image_folder(folder, size=size)
 
 
-@pytest.mark.parametrize("option, words", [(dict(channels=2), "channels must be one of 1, 3"), (dict(size=0), "size must be at least 8"),
-                                           (dict(validation=0), "validation must lie"), (dict(test=1.5), "test must lie")])
+@pytest.mark.parametrize("option, words", [
+    (dict(channels=2), "channels must be one of 1, 3"),
+    (dict(size=0), "size must be at least 8"),
+    (dict(validation=0), "validation must lie"),
+    (dict(test=1.5), "test must lie"),
+])
 def test_wrong_options_of_a_folder_are_named(tmp_path, option, words):
     with pytest.raises(ValueError, match=words): image_folder(write_folder(tmp_path), **option)
 

@@ -18,9 +18,10 @@ pytestmark = pytest.mark.skipif(ROOT is None, reason="ddrepro runs from a wheel 
 def wheel(tmp_path_factory):
     "A wheel built from a copy of the checkout, so that no build folder is left in it"
     work = tmp_path_factory.mktemp("wheel")
-    skip = shutil.ignore_patterns(".*", "runs", "store", "reports", "build", "dist", "*.egg-info", "__pycache__", "carry")
-    shutil.copytree(ROOT, work / "source", ignore=skip)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(work / "source")]
+    left_behind = (".*", "runs", "store", "reports", "build", "dist", "*.egg-info", "__pycache__", "carry")
+    shutil.copytree(ROOT, work / "source", ignore=shutil.ignore_patterns(*left_behind))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--wheel-dir", str(work), str(work / "source")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return next(work.glob("*.whl"))
@@ -28,10 +29,10 @@ def wheel(tmp_path_factory):
 
 def test_wheel_carries_what_runs_need(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = [*ROOT.glob("nbs/repro_*.ipynb"), *(f for f in ROOT.glob("data/**/*") if f.is_file() and "__pycache__" not in f.parts)]
+    data = [f for f in ROOT.glob("data/**/*") if f.is_file() and "__pycache__" not in f.parts]
+    wanted = [f.relative_to(ROOT).as_posix() for f in (*ROOT.glob("nbs/repro_*.ipynb"), *data)]
     assert wanted
-    missing = [f.relative_to(ROOT).as_posix() for f in wanted if f"ddrepro/_share/{f.relative_to(ROOT).as_posix()}" not in names]
-    assert missing == []
+    assert [name for name in wanted if f"ddrepro/_share/{name}" not in names] == []
     assert not any(name.startswith(("nbs/", "tests/", "data/")) for name in names)
 
 
@@ -39,7 +40,8 @@ def test_wheel_finds_its_files_from_any_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = ("import json; from ddrepro.share import project_root, share_path; "
             "print(json.dumps([project_root(), str(share_path('data/report/page.html.j2'))]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True)
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     root, page = json.loads(done.stdout)
     assert root is None
@@ -59,11 +61,21 @@ def test_wheel_runs_the_main_job_from_any_folder(wheel, tmp_path):
     work.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
     packages = next(p for p in sys.path if p.endswith("site-packages"))
-    env = {"PYTHONPATH": f"{site}:{packages}", "JUPYTER_PATH": f"{sys.prefix}/share/jupyter", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "DDREPRO_WORKERS": "0"}
-    code = ("import sys, ddrepro; from ddrepro.share import project_root; assert project_root() is None, ddrepro.__file__; from ddrepro.cli import main; "
+    env = {
+        "PYTHONPATH": f"{site}:{packages}",
+        "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "DDREPRO_WORKERS": "0",
+    }
+    code = ("import sys, ddrepro; from ddrepro.share import project_root; from ddrepro.cli import main; "
+            "assert project_root() is None, ddrepro.__file__; "
             "sys.exit(main(['run', 'avdd', '-p', 'profile', 'test', '-p', 'ipc', '1', '-p', 'controls', 'false']))")
-    done = subprocess.run([sys._base_executable, "-c", code], cwd=work, env=env, capture_output=True, text=True, timeout=300)
+    command = [sys._base_executable, "-c", code]
+    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    reports, executed = list((work / "reports").glob("avdd_digits_av_ipc1_test_*.html")), list((work / "runs/notebooks").glob("avdd_digits_av_ipc1_test_*.ipynb"))
+    reports = list((work / "reports").glob("avdd_digits_av_ipc1_test_*.html"))
+    executed = list((work / "runs/notebooks").glob("avdd_digits_av_ipc1_test_*.ipynb"))
     assert len(reports) == len(executed) == 1, done.stdout
     assert f"{ROOT}/nbs" not in executed[0].read_text()

@@ -6,20 +6,26 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from helpers import KERNEL
+
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
     "A notebook with cells before its parameters, and a file it writes once it computes"
     path = tmp_path_factory.mktemp("guard") / "tiny.ipynb"
+    parameters = [
+        "ipc: int = 10  # synthetic examples a class",
+        "methods: list[str] = ['dm']  # rows",
+        "rate: float = 0.1",
+        "device: str | None = None",
+    ]
     cells = [
         new_code_cell("from pathlib import Path\nfrom ddrepro.parameters import guard_parameters"),
-        new_code_cell("ipc: int = 10  # synthetic examples a class\nmethods: list[str] = ['dm']  # rows\nrate: float = 0.1\n"
-                      "device: str | None = None", metadata={"tags": ["parameters"]}),
+        new_code_cell("\n".join(parameters), metadata={"tags": ["parameters"]}),
         new_code_cell("params = guard_parameters()"),
         new_code_cell("Path('computed').write_text(repr(params))"),
     ]
-    metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), path)
     return path
 
 
@@ -44,7 +50,8 @@ def test_refused_before_computing(notebook, tmp_path, words, message):
 
 
 def test_accepted_and_converted(notebook, tmp_path):
-    done, computed = papermill(notebook, tmp_path, "-p", "ipc", "20", "-p", "methods", "dm,avdd", "-p", "rate", "1", "-p", "device", "None")
+    words = "-p ipc 20 -p methods dm,avdd -p rate 1 -p device None"
+    done, computed = papermill(notebook, tmp_path, *words.split())
     assert done.returncode == 0, done.stderr
     assert computed == repr({"ipc": 20, "methods": ["dm", "avdd"], "rate": 1.0, "device": None})
 

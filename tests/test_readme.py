@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from ddrepro.evaluate import summarise
-from ddrepro.papers import MTT_CLAIMS
+from ddrepro.papers.avdd import MTT_CLAIMS
+from ddrepro.recall_tables import RECALLS
 from ddrepro.share import project_root
 from ddrepro.statistics import compare
-from ddrepro.vldd_figures import RECALLS
 from ddrepro.vldd_report import CLAIMS, claims_of
 
 ROOT = project_root()
@@ -17,16 +17,20 @@ pytestmark = pytest.mark.skipif(ROOT is None, reason="the README and the committ
 
 @pytest.mark.parametrize("column, ipc", [(1, 1), (2, 10)])
 def test_accuracies(column, ipc):
-    kept = summarise(pd.read_csv(ROOT / f"reports/avdd_digits_av_ipc{ipc}.csv"), ("row", "modality")).set_index(["row", "modality"])
-    printed = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
-    found = {cells[0]: cells[column] for cells in printed if len(cells) == 4 and "±" in cells[column]}
-    assert {"Random", "Herding", "DM", "AVDD", "Whole data"} <= set(found)
-    for row, text in found.items(): assert text == f"{kept.loc[(row, 'AV'), 'mean']:.1f} ± {kept.loc[(row, 'AV'), 'std']:.1f}", row
+    rows = pd.read_csv(ROOT / f"reports/avdd_digits_av_ipc{ipc}.csv")
+    kept = summarise(rows, ("row", "modality")).set_index(["row", "modality"])
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    printed = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in lines]
+    accuracies = {cells[0]: cells[column] for cells in printed if len(cells) == 4 and "±" in cells[column]}
+    assert {"Random", "Herding", "DM", "AVDD", "Whole data"} <= set(accuracies)
+    for row, text in accuracies.items():
+        assert text == f"{kept.loc[(row, 'AV'), 'mean']:.1f} ± {kept.loc[(row, 'AV'), 'std']:.1f}", row
 
 
 def readme_tables():
     "Tables of the README: header cells, rows of cells"
-    tables, lines = [], (ROOT / "README.md").read_text().splitlines()
+    tables = []
+    lines = (ROOT / "README.md").read_text().splitlines()
     for before, rule, *_ in zip(lines, lines[1:]):
         if not re.fullmatch(r"\|(---\|)+", rule): continue
         head = [cell.strip() for cell in before.strip("| ").split("|")]
@@ -38,7 +42,15 @@ def readme_tables():
     return tables
 
 
-DSDM_FILES = {"digits": "dsdm_digits", "mnist": "dsdm_mnist_fashion_ipc10", "fashion_mnist": "dsdm_mnist_fashion_ipc10", "fsdd": "dsdm_fsdd"}
+def as_printed(accuracies) -> str: return f"{accuracies.mean():.1f} ± {accuracies.std(ddof=0):.1f}"
+
+
+DSDM_FILES = {
+    "digits": "dsdm_digits",
+    "mnist": "dsdm_mnist_fashion_ipc10",
+    "fashion_mnist": "dsdm_mnist_fashion_ipc10",
+    "fsdd": "dsdm_fsdd",
+}
 
 
 def test_dsdm_accuracies():
@@ -48,9 +60,11 @@ def test_dsdm_accuracies():
         for column, text in zip(head[1:], cells):
             name, ipc = re.fullmatch(r"(\w+), IPC (\d+)", column).groups()
             kept = pd.read_csv(ROOT / f"reports/{DSDM_FILES[name]}.csv")
-            kept = kept[(kept.place == ("Table 2" if name == "fsdd" else "Table 1")) & (kept.dataset == name) & (kept.row == row) & (kept.ipc == (0 if row == "Whole data" else int(ipc)))]
-            assert text == (f"{kept.accuracy.mean():.1f} ± {kept.accuracy.std(ddof=0):.1f}" if len(kept) else "–"), (row, column)
-            checked += bool(len(kept))
+            kept = kept[kept.place == ("Table 2" if name == "fsdd" else "Table 1")]
+            kept = kept[(kept.dataset == name) & (kept.row == row)]
+            kept = kept[kept.ipc == (0 if row == "Whole data" else int(ipc))]
+            assert text == (as_printed(kept.accuracy) if len(kept) else "–"), (row, column)
+            if len(kept): checked += 1
     assert checked >= 25
 
 
@@ -59,29 +73,32 @@ def test_mtt_table():
     kept = pd.read_csv(ROOT / "reports/mtt_digits.csv")
     for row, *cells in rows:
         for ipc, text in zip((1, 10), cells):
-            own = kept[kept.ipc == ipc]
-            if " − " not in row:
-                accuracy = own[own.row == row].accuracy
-                assert text == f"{accuracy.mean():.1f} ± {accuracy.std(ddof=0):.1f}", (row, ipc)
-                continue
-            found = compare(own, MTT_CLAIMS, "image").set_index(["a", "b"]).loc[tuple(row.split(" − "))]
-            assert text == f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}] {found.verdict}", (row, ipc)
+            column = kept[kept.ipc == ipc]
+            if " − " in row:
+                r = compare(column, MTT_CLAIMS, "image").set_index(["a", "b"]).loc[tuple(row.split(" − "))]
+                assert text == f"{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}] {r.verdict}", (row, ipc)
+            else: assert text == as_printed(column[column.row == row].accuracy), (row, ipc)
     assert len(rows) == 8
 
 
 def recalls(file, pairs):
-    "Mean ± std of every line and recall of a report's rows, as the README prints them; a line that several tables share counts once"
+    """Mean ± std of every line and recall of a report's rows, as the README prints them;
+    a line that several tables share counts once"""
     kept = pd.read_csv(ROOT / f"reports/{file}.csv").drop_duplicates(["row", "ipc", "modality", "seed", "eval_seed"])
-    kept = kept[kept.ipc.isin([0, pairs])]
-    return {key: f"{own.accuracy.mean():.1f} ± {own.accuracy.std(ddof=0):.1f}" if len(own) > 1 else f"{own.accuracy.mean():.1f}" for key, own in kept.groupby(["row", "modality"])}
+    lines = kept[kept.ipc.isin([0, pairs])].groupby(["row", "modality"]).accuracy
+    return {key: as_printed(values) if len(values) > 1 else f"{values.mean():.1f}" for key, values in lines}
 
 
-@pytest.mark.parametrize("title, file, pairs", [("digit_scenes, 100 pairs", "vldd_digit_scenes", 100), ("flickr8k at 64 px, 100 pairs", "vldd_flickr8k", 100),
-                                                ("flickr8k at 64 px, 200 pairs", "vldd_flickr8k", 200)])
+@pytest.mark.parametrize("title, file, pairs", [
+    ("digit_scenes, 100 pairs", "vldd_digit_scenes", 100),
+    ("flickr8k at 64 px, 100 pairs", "vldd_flickr8k", 100),
+    ("flickr8k at 64 px, 200 pairs", "vldd_flickr8k", 200),
+])
 def test_vl_recalls(title, file, pairs):
     head, rows = next((h, r) for h, r in readme_tables() if h[0] == title)
     kept = recalls(file, pairs)
-    assert tuple(head[1:]) == RECALLS and {"Random", "Herding", "K-Center", "Forgetting", "Distilled", "Whole data"} <= {row for row, *_ in rows}
+    assert tuple(head[1:]) == RECALLS
+    assert {"Random", "Herding", "K-Center", "Forgetting", "Distilled", "Whole data"} <= {row for row, *_ in rows}
     for row, *cells in rows:
         assert cells == [kept[row, m] for m in RECALLS], row
 
@@ -89,9 +106,10 @@ def test_vl_recalls(title, file, pairs):
 def test_vl_differences():
     _, rows = next((h, r) for h, r in readme_tables() if h[0] == "difference in R@1")
     kept = pd.read_csv(ROOT / "reports/vldd_digit_scenes.csv")
-    found = pd.concat([claims_of(kept[kept.place == table], table) for table in ("baselines", "modality")]).set_index(["a", "b", "modality"])
+    claims = pd.concat([claims_of(kept[kept.place == table], table) for table in ("baselines", "modality")])
+    claims = claims.set_index(["a", "b", "modality"])
     assert len(rows) == len(CLAIMS["baselines"]) + len(CLAIMS["modality"])
     for pair, *cells in rows:
         for m, text in zip(("TR R@1", "IR R@1"), cells):
-            r = found.loc[(*pair.split(" − "), m)]
+            r = claims.loc[(*pair.split(" − "), m)]
             assert text == f"{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}] {r.verdict}", (pair, m)

@@ -1,57 +1,54 @@
 """Numbers computed once by the code of DSDM and IDC (fixtures/README.md) must come out of ours."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from ddrepro.augment import Augmentation, Composition, CutMix, apply_cutmix, apply_diffaug, augment, cutmix_span, draw_diffaug
+from ddrepro.augment import (
+    Augmentation,
+    Composition,
+    CutMix,
+    apply_cutmix,
+    apply_diffaug,
+    augment,
+    cutmix_span,
+    draw_diffaug,
+)
 from ddrepro.data import Normalisation, Part, RealData
 from ddrepro.herding import coreset, herding_order, kcenter_order
 from ddrepro.nets import FusionNet, NetSpec, spec_for
 from ddrepro.seeding import keyed_normal
+from helpers import assert_close, reference, reference_input
 
 SEED = 0
-TOLERANCE, ROTATION_TOLERANCE = 1e-5, 2e-5   # their angles are float64, ours float32
-
-with np.load(Path(__file__).parent / "fixtures" / "reference_dsdm.npz", allow_pickle=False) as archive:
-    REFERENCE = {key: torch.from_numpy(archive[key]) for key in archive.files}
+TOLERANCE, ROTATION_TOLERANCE = 1e-5, 2e-5  # their angles are float64, ours float32
+REFERENCE = reference("reference_dsdm.npz")
 
 
 def cases(kind, last):
     "Keys of one kind that end in `last`, without it"
-    return sorted(key.removesuffix("/" + last) for key in REFERENCE if key.startswith(kind + "/") and key.endswith("/" + last))
-
-
-def batch(stream, shape):
-    "The keyed input of a case, whose shape is written as in '3x3x16x16'"
-    size = tuple(map(int, shape.split("x")))
-    return keyed_normal(size, SEED, "reference/" + stream, *size)
-
-
-def assert_close(ours, theirs, tolerance=TOLERANCE):
-    assert ours.shape == theirs.shape
-    difference = (ours - theirs).abs().max().item()
-    assert difference <= tolerance, f"max abs difference {difference:.1e}, allowed {tolerance:.0e}"
+    keys = [key for key in REFERENCE if key.startswith(kind + "/") and key.endswith("/" + last)]
+    return sorted(key.removesuffix("/" + last) for key in keys)
 
 
 def drawn_by_them(case):
     "Their operations, in the order they ran, with the parameters they drew"
-    found = sorted(key.rpartition("/")[2] for key in REFERENCE if key.startswith(case + "/") and not key.endswith("/out"))
-    return Composition(tuple(Augmentation(name.partition("_")[2], REFERENCE[f"{case}/{name}"]) for name in found))
+    keys = [key for key in REFERENCE if key.startswith(case + "/") and not key.endswith("/out")]
+    names = sorted(key.rpartition("/")[2] for key in keys)
+    return Composition(tuple(Augmentation(name.partition("_")[2], REFERENCE[f"{case}/{name}"]) for name in names))
 
 
 @pytest.mark.parametrize("case", cases("diffaug", "out"))
 def test_composition(case):
-    "A14: what they computed, and the same operations in the same order as ours"
+    "What they computed, and the same operations in the same order as ours"
     _, strategy, shape, _ = case.split("/")
-    x, theirs = batch("diffaug", shape), drawn_by_them(case)
+    x, theirs = reference_input("diffaug", shape), drawn_by_them(case)
     tolerance = ROTATION_TOLERANCE if "rotate" in [omega.op for omega in theirs.steps] else TOLERANCE
     for apply in (apply_diffaug, augment): assert_close(apply(x, theirs), REFERENCE[case + "/out"], tolerance)
     strategy, order = strategy.replace("none", ""), [omega.op for omega in theirs.steps]
     ours = [draw_diffaug(strategy, 1, SEED, "test", t).steps for t in range(30)]
     assert order in [[omega.op for omega in steps] for steps in ours]
-    assert [omega.u.shape[1] for omega in theirs.steps] == next([o.u.shape[1] for o in s] for s in ours if [o.op for o in s] == order)
+    same_order = next(steps for steps in ours if [omega.op for omega in steps] == order)
+    assert [omega.u.shape[1] for omega in theirs.steps] == [omega.u.shape[1] for omega in same_order]
 
 
 def test_composition_ran_one_of_each():
@@ -63,24 +60,28 @@ def test_composition_ran_one_of_each():
 
 @pytest.mark.parametrize("case", cases("cutmix", "box"))
 def test_cutmix(case):
-    "A15: box and area ratio for seeds 0 to 20 and three λ"
+    "Box and area ratio for seeds 0 to 20 and three λ"
     height, width = map(int, case.split("/")[1].split("x"))
     rows, shares = REFERENCE[case + "/box"].tolist(), REFERENCE[case + "/share"].tolist()
     assert len(rows) == 63 and {share for share, _ in shares} == {0., .3, 1.}
-    x, labels, swap = torch.stack([torch.zeros(1, height, width), torch.ones(1, height, width)]), torch.tensor([3, 4]), torch.tensor([1, 0])
+    x = torch.stack([torch.zeros(1, height, width), torch.ones(1, height, width)])
+    labels, swap = torch.tensor([3, 4]), torch.tensor([1, 0])
     for (_, row, column, top, left, bottom, right), (share, ratio) in zip(rows, shares):
         centre = (row + .5) / height, (column + .5) / width
-        assert (*cutmix_span(height, share, centre[0]), *cutmix_span(width, share, centre[1])) == (top, bottom, left, right)
+        assert cutmix_span(height, share, centre[0]) == (top, bottom)
+        assert cutmix_span(width, share, centre[1]) == (left, right)
         mixed, partners, q = apply_cutmix(x, labels, CutMix(share, centre, swap))
         expected = torch.zeros(height, width)
         expected[top:bottom, left:right] = 1
-        assert torch.equal(mixed[0, 0], expected) and torch.equal(mixed[1, 0], 1 - expected) and partners.tolist() == [4, 3]
+        assert torch.equal(mixed[0, 0], expected)
+        assert torch.equal(mixed[1, 0], 1 - expected)
+        assert partners.tolist() == [4, 3]
         assert q == pytest.approx(ratio, abs=1e-12)
 
 
 def network(kind, shape, spec, classes):
     "Our network with a linear head and the keyed weights of a case"
-    x = batch("net", shape)
+    x = reference_input("net", shape)
     net = FusionNet({"image": spec}, {"image": tuple(x.shape[1:])}, classes, "linear")
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
@@ -95,7 +96,7 @@ def parameters(spec, shape, classes):
 
 @pytest.mark.parametrize("case", cases("net/convnet3", "logits") + cases("net/convnet4", "logits"))
 def test_convnet(case):
-    "C2: their last pooled map, and the logits"
+    "Their last pooled map, and the logits"
     _, kind, shape = case.split("/")
     theirs, classes = REFERENCE[case + "/features"], REFERENCE[case + "/logits"].shape[1]
     net, inputs = network(kind, shape, NetSpec(depth=int(kind[-1]), width=32), classes)
@@ -107,7 +108,7 @@ def test_convnet(case):
 
 @pytest.mark.parametrize("case", cases("net", "eval"))
 def test_resnet_and_densenet(case):
-    "C5: logits in training mode, then in evaluation mode with the statistics that left behind"
+    "Logits in training mode, then in evaluation mode with the statistics that left behind"
     _, name, shape = case.split("/")
     kind, norm = name.split("_")
     net, inputs = network(name, shape, NetSpec(norm=norm, kind=kind), 10)
@@ -122,15 +123,15 @@ POINTS, LABELS = keyed_normal((50, 8), SEED, "reference/selection"), torch.arang
 
 
 def test_herding():
-    "E1: the order IDC's code takes, of all points and class by class"
+    "The order IDC's code takes, of all points and class by class"
     assert herding_order(POINTS, 10).tolist() == REFERENCE["selection/herding/whole"].tolist()
     for c, theirs in enumerate(REFERENCE["selection/herding/classes"]):
-        own = (LABELS == c).nonzero().flatten()
-        assert own[herding_order(POINTS[own], 8)].tolist() == theirs.tolist()
+        members = (LABELS == c).nonzero().flatten()
+        assert members[herding_order(POINTS[members], 8)].tolist() == theirs.tolist()
 
 
 def test_kcenter():
-    "E2: nearest to the mean, then always the farthest from its nearest centre, by a table of all distances"
+    "Nearest to the mean, then always the farthest from its nearest centre, by a table of all distances"
     points = POINTS.double().numpy()
     distance = np.sqrt(((points[:, None] - points[None]) ** 2).sum(2))
     expected = [int(((points - points.mean(0)) ** 2).sum(1).argmin())]
@@ -139,7 +140,7 @@ def test_kcenter():
 
 
 def test_first():
-    "E4: the first samples of every class, as IDC's code takes them"
+    "The first samples of every class, as IDC's code takes them"
     parts = [Part({"image": POINTS.view(50, 1, 2, 4)}, LABELS)] * 3
     real = RealData("points", ("a", "b", "c"), *parts, {"image": Normalisation()}, "crop")
     assert [i.tolist() for i in coreset("first", real, 8).values()] == REFERENCE["selection/first/classes"].tolist()

@@ -9,8 +9,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ddrepro.cli import main
 from ddrepro.report import render_report, report_index, tagged_output
+from helpers import KERNEL
 
-PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"
+PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
 SOUND = "import numpy as np\nfrom IPython.display import Audio\nAudio(np.sin(np.arange(800) / 8), rate=8000)"
 NOISE = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass\nprint('</pre><script>alert(1)</script>')"
 TABLE = "import pandas as pd\npd.DataFrame({'method': ['dm', '<b>'], 'AV': [61.2, 63.9]})"
@@ -20,9 +21,9 @@ TABLE = "import pandas as pd\npd.DataFrame({'method': ['dm', '<b>'], 'AV': [61.2
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tags = {"tags": ["final-table"]}
-    cells = [new_markdown_cell("# Title\n\n> Lead.\n\n## Part\n\n$x^2$"), *map(new_code_cell, [PLOT, SOUND, NOISE]), new_code_cell(TABLE, metadata=tags)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "in.ipynb")
+    cells = [new_markdown_cell("# Title\n\n> Lead.\n\n## Part\n\n$x^2$")]
+    cells += [*map(new_code_cell, [PLOT, SOUND, NOISE]), new_code_cell(TABLE, metadata=tags)]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), folder / "in.ipynb")
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "in.ipynb", "out.ipynb"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
     return render_report(folder / "out.ipynb", folder / "reports/run.html", headline="avdd 63.9 %")
@@ -33,8 +34,9 @@ def test_everything_is_inside(page):
     assert soup.find("img")["src"].startswith("data:image/png;base64,")
     assert soup.find("audio").find("source")["src"].startswith("data:audio/wav;base64,")
     assert soup.find("math") and soup.nav.find("a", href="#part")
-    loading = [tag.get(name) for tag in soup.find_all(True) if tag.name != "a" for name in ("src", "href", "srcset") if tag.get(name)]
-    assert all(value.startswith("data:") for value in loading)
+    tags = [tag for tag in soup.find_all(True) if tag.name != "a"]
+    loaded = [tag.get(name) for tag in tags for name in ("src", "href", "srcset") if tag.get(name)]
+    assert all(value.startswith("data:") for value in loaded)
 
 
 def test_nothing_runs(page):
@@ -52,41 +54,52 @@ def test_index_and_handed_on_table(page):
     assert [td.get_text() for td in soup.main.find_all("td")][:2] == ["Title", "avdd 63.9 %"]
 
 
+ABSENT = "<table><tr><th>ViT-Tiny<br><small class=\"absent\">not run: no weights</small></th><td>–</td></tr></table>"
 TINY = {
-    "parameters": "profile: str = 'quick'  # of the run\nlines: list[str] = []  # that have a result\ndevice: str = 'auto'",
-    "table": "from IPython.display import HTML\nHTML('<table><tr><th>ViT-Tiny<br><small class=\"absent\">not run: no weights</small></th><td>–</td></tr></table>')",
-    "final-table": "print(lines if lines else 'Empty DataFrame')",
-    "rows": "if lines: print('dataset,row,ipc,modality,seed,eval_seed,accuracy')\nfor line in lines: print(f'digits,{line},1,A,0,0,50')",
-    "provenance": "print('{}')",
+    "parameters": [
+        "profile: str = 'quick'  # of the run",
+        "lines: list[str] = []  # that have a result",
+        "device: str = 'auto'",
+    ],
+    "table": ["from IPython.display import HTML", f"HTML({ABSENT!r})"],
+    "final-table": ["print(lines if lines else 'Empty DataFrame')"],
+    "rows": [
+        "if lines: print('dataset,row,ipc,modality,seed,eval_seed,accuracy')",
+        "for line in lines: print(f'digits,{line},1,A,0,0,50')",
+    ],
+    "provenance": ["print('{}')"],
 }
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    "`ddrepro run avdd -p …` with a notebook of a few lines in the paper's place: (status, what it wrote, the folder of reports)"
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new_notebook(cells=[new_code_cell(source, metadata={"tags": [tag]}) for tag, source in TINY.items()], metadata=kernel), tmp_path / "tiny.ipynb")
+    """`ddrepro run avdd -p …` with a notebook of a few lines in the paper's place:
+    (status, what it printed, the folder of reports)"""
+    cells = [new_code_cell("\n".join(lines), metadata={"tags": [tag]}) for tag, lines in TINY.items()]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "tiny.ipynb")
     monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / "tiny.ipynb")
     monkeypatch.setenv("DDREPRO_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
         status = main(["run", "avdd", "--reports", str(tmp_path / "reports"), *words])
-        said = capsys.readouterr()
-        return status, said.out + said.err, tmp_path / "reports"
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err, tmp_path / "reports"
     return call
 
 
 def test_a_report_and_its_rows_belong_together(command):
     status, _, reports = command("--name", "same", "-p", "lines", "DM")
     assert status == 0 and "digits,DM,1" in (reports / "same.csv").read_text()
-    status, said, _ = command("--name", "same")
+    status, printed, _ = command("--name", "same")
     assert (reports / "same.html").exists() and not (reports / "same.csv").exists()
-    assert status == 1 and "no line of this report has a result" in said and "ViT-Tiny: not run: no weights" in said
-    assert "Empty DataFrame" not in said and str(reports / "same.html") in said
+    assert status == 1 and "no line of this report has a result" in printed
+    assert "ViT-Tiny: not run: no weights" in printed
+    assert "Empty DataFrame" not in printed and str(reports / "same.html") in printed
 
 
 def test_other_parameters_make_another_report(command):
-    for given in (["lines", "DM"], ["lines", "AVDD"], ["lines", "AVDD", "-p", "device", "cpu"]): reports = command("-p", *given)[2]
+    for words in (["lines", "DM"], ["lines", "AVDD"], ["lines", "AVDD", "-p", "device", "cpu"]):
+        reports = command("-p", *words)[2]
     first, second = sorted(p.stem for p in reports.glob("*.csv"))
     assert {first[:11], second[:11]} == {"avdd_quick_"} and len(first) == len(second) == 17
     assert {p.stem for p in reports.glob("*.html")} == {first, second, "index"}
@@ -94,8 +107,9 @@ def test_other_parameters_make_another_report(command):
 
 def test_help_is_of_one_paper(capsys):
     from ddrepro.cli import PAPERS
-    for words, shown in ((["run", "--help"], ()), (["run", "vldd", "--help"], ("vldd",)), (["run", "--help", "dsdm"], ("dsdm",))):
-        with pytest.raises(SystemExit) as stop: main(words)
+    calls = {"run --help": [], "run vldd --help": ["vldd"], "run --help dsdm": ["dsdm"]}
+    for words, shown in calls.items():
+        with pytest.raises(SystemExit) as stop: main(words.split())
         text = capsys.readouterr().out
-        assert stop.value.code == 0 and [p for p in PAPERS if f"parameters of {p}:" in text] == list(shown)
+        assert stop.value.code == 0 and [p for p in PAPERS if f"parameters of {p}:" in text] == shown
         assert all(f"ddrepro run {p} --help" in text for p in PAPERS) == (not shown)

@@ -1,36 +1,31 @@
 """The main job as people run it: bare papermill, the ddrepro command, and the wheel in a folder of its own."""
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ddrepro.share import share_path
+from helpers import DDREPRO, papermill, run_command
 
 NOTEBOOK = share_path("nbs/repro_avdd.ipynb")
 SMALL = ["-p", "profile", "test", "-p", "ipc", "2"]
-
-
-def run(command, folder, **environment):
-    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "DDREPRO_RUNS")} | {"OMP_NUM_THREADS": "1", "DDREPRO_WORKERS": "0"} | environment
-    return subprocess.run([str(c) for c in command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     "The test profile through the command, in an empty folder"
     folder = tmp_path_factory.mktemp("work")
-    done = run([sys.executable, "-c", "import sys; from ddrepro.cli import main; sys.exit(main())", "run", "avdd", *SMALL], folder)
+    done = run_command([*DDREPRO, "run", "avdd", *SMALL], folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, done.stdout
 
 
 def test_command_prints_table_and_path(report):
     folder, printed = report
-    for row in ("Random", "Herding", "DM", "AVDD", "Control (plain, rate × 21)", "JM alone", "MGM alone", "DM, equal steps", "Whole data"): assert row in printed
+    rows = ["Random", "Herding", "DM", "AVDD", "Control (plain, rate × 21)", "JM alone", "MGM alone", "DM, equal steps"]
+    for row in (*rows, "Whole data"): assert row in printed
     path = Path(printed.rsplit("report: ", 1)[1].strip())
     assert path == folder / "reports/avdd_digits_av_ipc2_test.html" and path.stat().st_size > 100_000
 
@@ -39,8 +34,10 @@ def test_report_is_whole(report):
     page = (report[0] / "reports/avdd_digits_av_ipc2_test.html").read_text()
     assert not re.findall(r"""<(?:script|link|img|audio|source|iframe)[^>]*(?:src|href)=["']?https?:""", page)
     assert "<script" not in page and page.count("<audio") >= 10 and "<math" in page
-    for heading in ("The data", "Results", "Loss curves", "Distilled pairs", "The finding", "Provenance"): assert f">{heading}" in page
-    assert "In these points this run differs from the paper" in page and "no published numbers to set beside these" in page
+    for heading in ("The data", "Results", "Loss curves", "Distilled pairs", "The finding", "Provenance"):
+        assert f">{heading}" in page
+    assert "In these points this run differs from the paper" in page
+    assert "no published numbers to set beside these" in page
 
 
 def test_rows_beside_the_report(report):
@@ -61,38 +58,42 @@ def test_runs_are_kept_and_second_run_reads_them(report):
     folder, printed = report
     certificates = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/certificate.txt")}
     assert len(certificates) >= 6
-    done = run([sys.executable, "-m", "papermill", NOTEBOOK, "again.ipynb", *SMALL, "--no-progress-bar"], folder)
+    done = papermill(NOTEBOOK, folder, *SMALL, output="again.ipynb")
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/certificate.txt")} == certificates
 
 
 def test_rows_of_the_papers_table_that_the_default_leaves_out(tmp_path):
     "MTT beside the random choice, in a report that distils nothing else and has an embedding network to train"
-    command = [sys.executable, "-c", "import sys; from ddrepro.cli import main; sys.exit(main())", "run", "avdd"]
-    done = run([*command, "-p", "profile", "test", "-p", "ipc", "1", "-p", "methods", "random", "mtt", "-p", "controls", "false"], tmp_path)
+    words = "-p profile test -p ipc 1 -p methods random mtt -p controls false"
+    done = run_command([*DDREPRO, "run", "avdd", *words.split()], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"^ *Random ", done.stdout, re.M) and re.search(r"^ *MTT ", done.stdout, re.M) and "AVDD" not in done.stdout
+    assert re.search(r"^ *Random ", done.stdout, re.M)
+    assert re.search(r"^ *MTT ", done.stdout, re.M)
+    assert "AVDD" not in done.stdout
 
 
 @pytest.mark.parametrize("wrong, words", [
     (["-p", "icp", "3"], "'ipc'"), (["-p", "ipc", "ten"], "ipc"), (["-p", "ipc", "0"], "ipc must be at least 1, got 0"),
     (["-p", "dataset", "digits_aw"], "'digits_av'"), (["-p", "ipc", "28"], "ipc can be at most 27")])
 def test_bare_papermill_refuses(tmp_path, wrong, words):
-    done = run([sys.executable, "-m", "papermill", NOTEBOOK, "out.ipynb", "-p", "profile", "test", *wrong, "--no-progress-bar"], tmp_path)
+    done = papermill(NOTEBOOK, tmp_path, "-p", "profile", "test", *wrong)
     assert done.returncode != 0 and words in done.stderr
     assert not list(tmp_path.glob("runs/*/spec.json"))
 
 
 def test_command_refuses_before_a_kernel_starts(tmp_path):
     for wrong, words in ((["-p", "icp", "3"], "'ipc'"), (["-p", "ipc", "ten"], "must be int")):
-        done = run([sys.executable, "-c", "import sys; from ddrepro.cli import main; sys.exit(main())", "run", "avdd", *wrong], tmp_path)
+        done = run_command([*DDREPRO, "run", "avdd", *wrong], tmp_path)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_imports_need_no_notebook_packages(tmp_path):
     "Importing the library leaves papermill, nbconvert, IPython kernels and the like alone"
-    heavy = ("papermill", "nbconvert", "nbclient", "timm", "peft", "transformers", "av", "jupyterlab", "ipykernel", "nbdev")
-    code = f"import sys, ddrepro, ddrepro.data, ddrepro.methods, ddrepro.distill, ddrepro.evaluate, ddrepro.experiment; ddrepro.methods.get_method('avdd'); print([m for m in {heavy} if m in sys.modules])"
-    done = run([sys.executable, "-c", code], tmp_path)
+    heavy = "papermill nbconvert nbclient timm peft transformers av jupyterlab ipykernel nbdev".split()
+    code = ("import sys, ddrepro, ddrepro.data, ddrepro.methods, ddrepro.distill, ddrepro.evaluate; "
+            "import ddrepro.experiment; "
+            f"ddrepro.methods.get_method('avdd'); print([m for m in {heavy} if m in sys.modules])")
+    done = run_command([sys.executable, "-c", code], tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

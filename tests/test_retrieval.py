@@ -6,34 +6,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddrepro.retrieval import (SCALE, STUDENT_SCALE, arcface_logits, class_retrieval, contrastive_loss, few_per_class, measure_retrieval,
-                               nearest_sentences, retrieval_scores, sorted_scores)
+from ddrepro.contrastive import SCALE, STUDENT_SCALE, arcface_logits, contrastive_loss
+from ddrepro.retrieval import class_retrieval, few_per_class, nearest_sentences, retrieval_scores, sorted_scores
+from ddrepro.retrieval_speed import measure_retrieval
 from ddrepro.seeding import keyed, keyed_normal
 
 OWNER = np.arange(20).repeat(5)
-# itm_eval and the two losses of princetonvisualai/multimodal_dataset_distillation (c696fd6), run once on these keyed draws
-PUBLISHED = {"TR R@1": 45., "TR R@5": 85., "TR R@10": 95., "IR R@1": 21., "IR R@5": 64., "IR R@10": 82., "mean R": 65 + 1 / 3}
+# itm_eval and the two losses of princetonvisualai/multimodal_dataset_distillation (c696fd6),
+# run once on these keyed draws
+PUBLISHED = {"TR R@1": 45., "TR R@5": 85., "TR R@10": 95., "IR R@1": 21., "IR R@5": 64., "IR R@10": 82.,
+             "mean R": 65 + 1 / 3}
 LOSSES = {SCALE: 4.017636257466424, STUDENT_SCALE: 1.6588116077687745}
 
 
 @pytest.fixture
 def features():
     image = F.normalize(keyed_normal((20, 16), 0, "reference/retrieval/image"), dim=1)
-    return image, F.normalize(image.repeat_interleave(5, 0) + keyed_normal((100, 16), 0, "reference/retrieval/text"), dim=1)
+    text = image.repeat_interleave(5, 0) + keyed_normal((100, 16), 0, "reference/retrieval/text")
+    return image, F.normalize(text, dim=1)
 
 
 def test_losses_of_the_authors():
     x, y = (keyed_normal((5, 16), 0, f"reference/contrastive/{m}").double() for m in ("image", "text"))
-    for scale, value in LOSSES.items(): assert contrastive_loss(x, y, scale=scale).item() == pytest.approx(value, abs=1e-9)
+    for scale, value in LOSSES.items():
+        assert contrastive_loss(x, y, scale=scale).item() == pytest.approx(value, abs=1e-9)
     assert contrastive_loss(x, y).item() == pytest.approx(LOSSES[SCALE], abs=1e-9)
     x.requires_grad_()
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck): assert check(lambda x: contrastive_loss(x, y), x)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: contrastive_loss(x, y), x)
 
 
 def test_scores_of_the_authors(features):
     image, text = features
-    for found in (retrieval_scores(image, text, OWNER), sorted_scores((image @ text.T).numpy(), OWNER)):
-        for name, value in PUBLISHED.items(): assert found[name] == pytest.approx(value, abs=1e-9)
+    for scores in (retrieval_scores(image, text, OWNER), sorted_scores((image @ text.T).numpy(), OWNER)):
+        for name, value in PUBLISHED.items(): assert scores[name] == pytest.approx(value, abs=1e-9)
 
 
 def test_order_and_tiles_do_not_matter(features):
@@ -42,14 +48,16 @@ def test_order_and_tiles_do_not_matter(features):
     place = np.argsort(images)                                   # image i now stands at place[i]
     expected = retrieval_scores(image, text, OWNER)
     for block in (1, 6, 19, 20, 1000):
-        found = retrieval_scores(image[images], text[order], place[OWNER[order]], block=block)
-        assert found == pytest.approx(expected, abs=1e-9)
-    assert retrieval_scores(image.double(), text.double(), torch.from_numpy(OWNER).int()) == pytest.approx(expected, abs=1e-9)
+        scores = retrieval_scores(image[images], text[order], place[OWNER[order]], block=block)
+        assert scores == pytest.approx(expected, abs=1e-9)
+    in_double = retrieval_scores(image.double(), text.double(), torch.from_numpy(OWNER).int())
+    assert in_double == pytest.approx(expected, abs=1e-9)
 
 
 def test_ties_are_worth_their_chance():
     "Exact arithmetic: features of ±½; the mean over many random orders of sorting is the expected score"
-    draw = lambda n, m: torch.from_numpy(keyed(0, "test/signs", m).integers(0, 2, (n, 4)) - .5).float()
+    def draw(n, m): return torch.from_numpy(keyed(0, "test/signs", m).integers(0, 2, (n, 4)) - .5).float()
+
     image, text = draw(6, "image"), draw(18, "text")
     owner = np.arange(6).repeat(3)
     sums = {}
@@ -57,10 +65,12 @@ def test_ties_are_worth_their_chance():
         a, b = keyed(0, "test/a", i).permutation(6), keyed(0, "test/b", i).permutation(18)
         sims = (image[a] @ text[b].T).numpy()
         noise = 1e-3 * keyed(0, "test/lot", i).random(sims.shape)           # decides ties and nothing else
-        for name, value in sorted_scores(sims + noise, np.argsort(a)[owner[b]]).items(): sums[name] = sums.get(name, 0) + value / 1500
-    found = retrieval_scores(image, text, owner, block=4)
-    for name in ("TR R@1", "TR R@5", "IR R@1", "IR R@5"): assert found[name] == pytest.approx(sums[name], abs=2.)
-    assert class_retrieval(image, text, range(6), owner) == pytest.approx({k[3:]: v for k, v in found.items() if k[:2] == "TR"})
+        for name, value in sorted_scores(sims + noise, np.argsort(a)[owner[b]]).items():
+            sums[name] = sums.get(name, 0) + value / 1500
+    scores = retrieval_scores(image, text, owner, block=4)
+    for name in ("TR R@1", "TR R@5", "IR R@1", "IR R@5"): assert scores[name] == pytest.approx(sums[name], abs=2.)
+    of_images = {k[3:]: v for k, v in scores.items() if k[:2] == "TR"}
+    assert class_retrieval(image, text, range(6), owner) == pytest.approx(of_images)
 
 
 def test_tiles_need_little_memory():
@@ -82,13 +92,16 @@ def test_refusals(features, change, message):
 
 
 def test_class_retrieval_by_hand():
-    angle = lambda degrees: torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
-    query, gallery = angle([0, 90]), 3 * angle([10, 20, 80, 85])             # queries of class 0 and 1; lengths do not matter
+    def angle(degrees): return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+
+    # queries of class 0 and 1; lengths do not matter
+    query, gallery = angle([0, 90]), 3 * angle([10, 20, 80, 85])
     assert class_retrieval(query, gallery, [0, 1], [1, 0, 0, 1], ks=(1, 2)) == {"R@1": 50., "R@2": 100., "MedR": 1.5}
     assert class_retrieval(query, gallery, [0, 1], [1, 1, 1, 0], ks=(1, 3)) == {"R@1": 0., "R@3": 50., "MedR": 3.}
     chosen = few_per_class([1, 0] * 10, 5, seed=3)
     assert len(set(chosen)) == 10 and (np.array([1, 0] * 10)[chosen] == np.repeat([0, 1], 5)).all()
-    assert (few_per_class([1, 0] * 10, 5, seed=3) == chosen).all() and (few_per_class([1, 0] * 10, 5, seed=4) != chosen).any()
+    assert (few_per_class([1, 0] * 10, 5, seed=3) == chosen).all()
+    assert (few_per_class([1, 0] * 10, 5, seed=4) != chosen).any()
 
 
 def test_arcface_by_hand():
@@ -103,6 +116,6 @@ def test_nearest_sentences_in_blocks():
     bank, query = keyed_normal((50, 8), 0, "test/bank"), keyed_normal((9, 8), 0, "test/query")
     cosine = F.cosine_similarity(query[:, None], bank[None], dim=2)
     for block in (2, 100):
-        found = nearest_sentences(query, bank, [f"s{i}" for i in range(50)], k=3, block=block)
+        sentences = nearest_sentences(query, bank, [f"s{i}" for i in range(50)], k=3, block=block)
         nearest = cosine.argsort(1, descending=True)[:, :3].tolist()
-        assert [[s for s, _ in row] for row in found] == [[f"s{i}" for i in row] for row in nearest]
+        assert [[s for s, _ in row] for row in sentences] == [[f"s{i}" for i in row] for row in nearest]

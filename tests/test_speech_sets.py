@@ -3,9 +3,6 @@ import hashlib
 import io
 import shutil
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,13 +10,26 @@ import scipy.signal
 import soundfile
 import torch
 
+import ddrepro.datasets.av_mnist as av_mnist
 import ddrepro.datasets.speech_sets as chapter
-from ddrepro.data import PARTS, list_data, load_data
-from ddrepro.datasets.av_mnist import find_pack, read_archive
+from ddrepro.data import PARTS
+from ddrepro.datasets.av_mnist import find_pack, obtain, read_archive
 from ddrepro.files import DamagedFile
+from ddrepro.registry import list_data, load_data
 from ddrepro.seeding import keyed
-from ddrepro.signals import (AVDD_MEL, DIGITS_LOG, DIGITS_MEL, SPEECH_LOG, LogSpectrogram, read_sound, resample, signal_facts, signal_from,
-                             to_wave)
+from ddrepro.signals import (
+    AVDD_MEL,
+    DIGITS_LOG,
+    DIGITS_MEL,
+    SPEECH_LOG,
+    LogSpectrogram,
+    read_sound,
+    resample,
+    signal_facts,
+    signal_from,
+    to_wave,
+)
+from helpers import served
 
 CLIPS = 24
 
@@ -33,11 +43,7 @@ def tone(hz, rate, seconds=1.0): return np.sin(2 * np.pi * hz * np.arange(int(ra
 def chirp(rate): return scipy.signal.chirp(np.arange(rate) / rate, 100, 1, rate / 2 - 200)
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): return
-
-
-# F1: the spectrogram
+# The spectrogram
 
 def by_scipy(wave, p):
     "Magnitudes (128, 125) on a square of 128, averaged by 2×2, log(x + 1e-3)"
@@ -55,22 +61,24 @@ def test_frame_counts_and_values(p):
     rate = p.sample_rate
     noise = keyed(0, "made").standard_normal(rate)
     for wave in (tone(440, rate), chirp(rate), noise, np.r_[tone(440, rate, .5), np.zeros(rate // 2)]):
-        found = p(torch.from_numpy(wave).float())
-        assert found.shape == (1, 64, 64) and found.dtype == torch.float32
-        assert np.abs(found[0].numpy() - by_scipy(wave, p)).max() < 5e-3
+        image = p(torch.from_numpy(wave).float())
+        assert image.shape == (1, 64, 64) and image.dtype == torch.float32
+        assert np.abs(image[0].numpy() - by_scipy(wave, p)).max() < 5e-3
 
 
 def test_short_and_long_sounds():
     wave = torch.from_numpy(tone(440, 16_000)).float()
     assert torch.equal(SPEECH_LOG(wave[:9_000]), SPEECH_LOG(torch.cat([wave[:9_000], torch.zeros(7_000)])))
     assert torch.equal(SPEECH_LOG(torch.cat([wave, wave])), SPEECH_LOG(wave))
-    assert torch.allclose(SPEECH_LOG(torch.stack([wave, 0 * wave])), torch.stack([SPEECH_LOG(wave), SPEECH_LOG(0 * wave)]), atol=1e-5)
+    one_by_one = torch.stack([SPEECH_LOG(wave), SPEECH_LOG(0 * wave)])
+    assert torch.allclose(SPEECH_LOG(torch.stack([wave, 0 * wave])), one_by_one, atol=1e-5)
     long = LogSpectrogram(16_000, samples=80_000)(torch.from_numpy(tone(440, 16_000, 5)).float())
     assert long.shape == (1, 64, 64) and long[0].mean(1).argmax() == 3
 
 
 def test_there_and_back():
-    for p in (SPEECH_LOG, DIGITS_LOG, LogSpectrogram(16_000, samples=48_000), LogSpectrogram(16_000, samples=4_000, hop=32)):
+    long, short = LogSpectrogram(16_000, samples=48_000), LogSpectrogram(16_000, samples=4_000, hop=32)
+    for p in (SPEECH_LOG, DIGITS_LOG, long, short):
         x = p(torch.from_numpy(tone(1000, p.sample_rate, 3)).float())
         wave = to_wave(x, p)
         assert wave.shape == (p.samples,) and torch.isfinite(wave).all() and wave.abs().max() <= 1
@@ -86,11 +94,20 @@ def test_parameters_as_plain_data():
         with pytest.raises(ValueError): signal_from(wrong)
 
 
+def test_a_ratio_of_large_terms_is_exact():
+    "1143 to 1100: ten seconds keep their length, and the tone is in its place at their end"
+    wave = resample(torch.from_numpy(tone(440, 11_430, 10)).float(), 11_430, 11_000)
+    assert wave.shape == (110_000,)
+    assert (wave[200:-200] - torch.from_numpy(tone(440, 11_000, 10)).float()[200:-200]).abs().max() < 5e-3
+    assert resample(torch.zeros(11_430), 11_430, 11_000).shape == (11_000,)
+
+
 def test_resampling_keeps_the_tone():
     for rate in (8_000, 11_025, 22_050, 32_000, 44_100, 44_101, 48_000, 96_000):
         wave = resample(torch.from_numpy(tone(440, rate)).float(), rate, 16_000)
         assert abs(len(wave) - 16_000) <= 1
-        assert (wave[200:-200] - torch.from_numpy(tone(440, 16_000)).float()[200:len(wave) - 200]).abs().max() < 5e-3, rate
+        expected = torch.from_numpy(tone(440, 16_000)).float()
+        assert (wave[200:-200] - expected[200:len(wave) - 200]).abs().max() < 5e-3, rate
 
 
 def test_reading(tmp_path):
@@ -126,31 +143,27 @@ def made_archive():
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch):
+def site(tmp_path):
     "A folder that is served, and its address"
     folder = tmp_path / "site"
     folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield folder, f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
+    with served(folder) as address: yield folder, address
 
 
 def test_fsdd_is_downloaded_once(site, tmp_path, monkeypatch):
     folder, address = site
     (folder / "fsdd.zip").write_bytes(archive := made_archive())
     arrays = read_archive(archive)
-    monkeypatch.setattr(chapter, "FSDD_URL", address + "fsdd.zip")
-    monkeypatch.setitem(chapter.SHA, "fsdd", {k: hashlib.sha256(x.tobytes()).hexdigest() for k, x in arrays.items()})
+    monkeypatch.setattr(av_mnist, "FSDD_URL", address + "fsdd.zip")
+    monkeypatch.setitem(av_mnist.SHA, "fsdd", {k: hashlib.sha256(x.tobytes()).hexdigest() for k, x in arrays.items()})
     with pytest.raises(FileNotFoundError, match="fsdd/fsdd.npz is not there.*DDREPRO_DATA"):
         chapter.fsdd(root=tmp_path / "data", download=False)
     real = chapter.fsdd(root=tmp_path / "data")
     assert sizes(real) == {"train": 400, "validation": 50, "test": 50}
     shutil.rmtree(folder)
     assert chapter.fsdd(root=tmp_path / "data", download=False).fingerprint == real.fingerprint
-    with pytest.raises(ConnectionError, match="fsdd: cannot download.*DDREPRO_DATA"): chapter.fsdd(root=tmp_path / "elsewhere")
+    with pytest.raises(ConnectionError, match="fsdd: cannot download.*DDREPRO_DATA"):
+        chapter.fsdd(root=tmp_path / "elsewhere")
 
 
 def test_the_real_fsdd(data_root):
@@ -160,7 +173,7 @@ def test_the_real_fsdd(data_root):
     for p, n in sizes(real).items(): assert getattr(real, p).labels.bincount().tolist() == [n // 10] * 10
     batch = real.batch("train", range(2400))["audio"]
     assert real.shapes == {"audio": (1, 64, 64)} and abs(batch.mean()) < 1e-3 and abs(batch.std() - 1) < 1e-3
-    pack = chapter.read_fsdd()
+    pack = obtain("fsdd")
     first = np.flatnonzero(pack["take"] < 5)[0]
     wave = pack["audio"][pack["offsets"][first]:pack["offsets"][first + 1]].astype(np.float64) / 32768
     expected = by_scipy(np.pad(wave, (0, 8000))[:8000], DIGITS_LOG)
@@ -201,7 +214,8 @@ def commands(tmp_path, monkeypatch):
 
 def test_commands_from_a_folder_and_from_a_zip(commands, tmp_path, monkeypatch):
     real = chapter.mini_speech_commands(root=commands, download=False)
-    assert real.classes == ("yes", "no", "go", "stop", "left", "right", "up", "down") and real.shapes == {"audio": (1, 64, 64)}
+    assert real.classes == ("yes", "no", "go", "stop", "left", "right", "up", "down")
+    assert real.shapes == {"audio": (1, 64, 64)}
     assert sizes(real) == {"train": 19 * 8, "validation": 2 * 8, "test": 3 * 8}
     assert real.about["published"] is True and "unpacked folder" in real.about["remark"]
     for c, command in enumerate(real.classes):
@@ -210,7 +224,8 @@ def test_commands_from_a_folder_and_from_a_zip(commands, tmp_path, monkeypatch):
             wave, _ = soundfile.read(commands / "mini_speech_commands" / command / name)
             assert np.abs(x[0].numpy() - by_scipy(np.pad(wave, (0, 16_000))[:16_000], SPEECH_LOG)).max() < 5e-3
     (tmp_path / "zipped").mkdir()
-    (tmp_path / "zipped/mini_speech_commands.zip").write_bytes(content := zip_commands(commands / "mini_speech_commands"))
+    content = zip_commands(commands / "mini_speech_commands")
+    (tmp_path / "zipped/mini_speech_commands.zip").write_bytes(content)
     zipped = chapter.mini_speech_commands(root=tmp_path / "zipped", download=False)
     assert zipped.fingerprint == real.fingerprint and hashlib.sha256(content).hexdigest() in zipped.about["remark"]
     assert len(chapter.mini_speech_commands(train_per_class=2, root=commands).train) == 16
@@ -232,7 +247,8 @@ def test_commands_are_downloaded_once(commands, site, tmp_path, monkeypatch, cap
     (root / "mini_speech_commands.zip").write_bytes(content[:5000] + b"??" + content[5002:])
     with pytest.raises(DamagedFile, match="has changed since the download"): chapter.mini_speech_commands(root=root)
     elsewhere = tmp_path / "elsewhere"
-    with pytest.raises(ConnectionError, match="cannot download.*Either put the folder"): chapter.mini_speech_commands(root=elsewhere)
+    with pytest.raises(ConnectionError, match="cannot download.*Either put the folder"):
+        chapter.mini_speech_commands(root=elsewhere)
     with pytest.raises(FileNotFoundError, match="is not there. Either put the folder"):
         chapter.mini_speech_commands(root=elsewhere, download=False)
 
@@ -244,14 +260,17 @@ def test_other_counts_and_damage_are_refused(commands, site, tmp_path, monkeypat
     victim = next((source / "up").glob("[!.]*.wav"))
     recording = victim.read_bytes()
     victim.unlink()
-    with pytest.raises(DamagedFile, match="yes 24.*up 23.*expected 24 .wav"): chapter.mini_speech_commands(root=commands)
+    with pytest.raises(DamagedFile, match="yes 24.*up 23.*expected 24 .wav"):
+        chapter.mini_speech_commands(root=commands)
     monkeypatch.setattr(chapter, "COMMANDS_URL", address + "mini.zip")
-    for content, says in ((zip_commands(source), "up 23"), (whole[:len(whole) // 2], "not an intact zip"), (b"", "not an intact zip")):
+    half = whole[:len(whole) // 2]
+    for content, says in ((zip_commands(source), "up 23"), (half, "not an intact zip"), (b"", "not an intact zip")):
         (folder / "mini.zip").write_bytes(content)
         with pytest.raises(DamagedFile, match=says): chapter.mini_speech_commands(root=tmp_path / "new")
         assert not (tmp_path / "new").exists()
     victim.write_bytes(recording[:20])
-    with pytest.raises(ValueError, match=f"up/{victim.name} of .* cannot be read as a sound"): chapter.mini_speech_commands(root=commands)
+    with pytest.raises(ValueError, match=f"up/{victim.name} of .* cannot be read as a sound"):
+        chapter.mini_speech_commands(root=commands)
     (tmp_path / "zipped").mkdir()
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 16
@@ -272,15 +291,20 @@ def write_sounds(folder, classes=("cat", "dog"), n=10):
         for i in range(n):
             kind = list(RATES)[i % 3]
             wave = .5 * tone(500 * (c + 1), RATES[kind], .3 + .2 * i)
-            soundfile.write(folder / name / f"{i:02d}.{kind.upper() if i == 0 else kind}", np.stack([wave] * (1 + i % 3), 1), RATES[kind])
+            file = f"{i:02d}.{kind.upper() if i == 0 else kind}"
+            soundfile.write(folder / name / file, np.stack([wave] * (1 + i % 3), 1), RATES[kind])
 
 
 def test_a_flat_folder(tmp_path):
     write_sounds(tmp_path / "pets")
     for hidden in ("pets/.git", "pets/cat/.hidden"): (tmp_path / hidden).mkdir()
-    for passed_over in ("pets/readme.txt", "pets/cat/notes.txt", "pets/cat/._00.wav"): (tmp_path / passed_over).write_text("not a sound")
+    for passed_over in ("pets/readme.txt", "pets/cat/notes.txt", "pets/cat/._00.wav"):
+        (tmp_path / passed_over).write_text("not a sound")
     real = load_data("sound_folder", folder=tmp_path / "pets")
-    assert real.name == "pets" and real.classes == ("cat", "dog") and real.signals == {"audio": SPEECH_LOG} and real.strategy == ""
+    assert real.name == "pets"
+    assert real.classes == ("cat", "dog")
+    assert real.signals == {"audio": SPEECH_LOG}
+    assert real.strategy == ""
     assert sizes(real) == {"train": 14, "validation": 2, "test": 4}
     for p in PARTS:
         part = getattr(real, p)
@@ -296,7 +320,8 @@ def test_length_and_rate_of_a_folder(tmp_path):
     for seconds, rate, hop in ((.5, 8_000, 32), (1, 8_000, 64), (3, 16_000, 128), (.05, 4_000, 2), (1, 48_000, 128)):
         real = chapter.sound_folder(tmp_path / "pets", name="mine", seconds=seconds, sample_rate=rate)
         p = real.signals["audio"]
-        assert (real.name, p.samples, p.hop) == ("mine", round(seconds * rate), hop) and real.shapes == {"audio": (1, 64, 64)}
+        assert (real.name, p.samples, p.hop) == ("mine", round(seconds * rate), hop)
+        assert real.shapes == {"audio": (1, 64, 64)}
         assert to_wave(real.train.inputs["audio"][0], p).shape == (p.samples,)
 
 
@@ -329,7 +354,8 @@ def test_errors_name_what_and_where(tmp_path):
     with pytest.raises(ValueError, match="dog holds 2 sounds, at least 3"): chapter.sound_folder(folder)
     (folder / "eel").mkdir()
     (folder / "dog/02.wav").write_bytes((folder / "dog/01.flac").read_bytes())
-    with pytest.raises(ValueError, match=r"eel holds no sound, that is .wav, .flac, .ogg; it holds no file"): chapter.sound_folder(folder)
+    with pytest.raises(ValueError, match=r"eel holds no sound, that is .wav, .flac, .ogg; it holds no file"):
+        chapter.sound_folder(folder)
     (folder / "eel/a.mp3").write_bytes(b"")
     with pytest.raises(ValueError, match=r"eel holds no sound.*it holds 1 .mp3"): chapter.sound_folder(folder)
     shutil.rmtree(folder / "eel")
@@ -344,4 +370,5 @@ WRONG = [("seconds", 0), ("seconds", float("nan")), ("sample_rate", 100), ("vali
 
 @pytest.mark.parametrize("option, value", WRONG)
 def test_options_out_of_range(tmp_path, option, value):
-    with pytest.raises(ValueError, match=f"{option} must lie between"): chapter.sound_folder(tmp_path, **{option: value})
+    with pytest.raises(ValueError, match=f"{option} must lie between"):
+        chapter.sound_folder(tmp_path, **{option: value})

@@ -8,8 +8,10 @@ __all__ = ['AVDD', 'control']
 # %% ../../nbs/58_avdd.ipynb #cell-003
 from dataclasses import dataclass
 
+from fastcore.basics import patch
+
+from ..families import MeanMatching
 from ..losses import jm_loss, mgm_loss
-from ..method import Method
 from . import register
 from .dm import DM
 from ..nets import feature_width, same_width, spec_for
@@ -30,27 +32,34 @@ class AVDD(DM):
     lambda_mgm: float = 10.0               # weight of modality gap matching
 
     name = "avdd"
-
-    @classmethod
-    def defaults(cls, dataset, ipc): return {}
-
-    def check(self, real):
-        super().check(real)
-        if set(real.modalities) != {"audio", "image"}: raise ValueError(f"avdd needs the modalities audio and image, {real.name} has {', '.join(real.modalities)}")
-        for what in ("lambda_jm", "lambda_mgm"):
-            if getattr(self, what) < 0: raise ValueError(f"{what} must not be negative, got {getattr(self, what)}")
-        same_width("joint and modality gap matching", {m: feature_width(spec_for(s, self.width), s) for m, s in real.shapes.items()})
+    recipe = "avdd"
 
     def match(self, real, synthetic):
+        "Plain matching, and both losses on the pair with their weights (AVDD eq. 4)"
         means = real["audio"], real["image"], synthetic["audio"], synthetic["image"]
-        loss = super().match(real, synthetic)
+        loss = DM.match(self, real, synthetic)
         if self.lambda_jm: loss = loss + self.lambda_jm * jm_loss(*means)
         if self.lambda_mgm: loss = loss + self.lambda_mgm * mgm_loss(*means)
         return loss
 
+# %% ../../nbs/58_avdd.ipynb #4b1c3325
+@patch(cls_method=True)
+def defaults(cls: AVDD, dataset: str, ipc: int, factor: int) -> dict: return {}
+
+@patch
+def check(self: AVDD, real):
+    MeanMatching.check(self, real)
+    if set(real.modalities) != {"audio", "image"}:
+        raise ValueError(f"avdd needs the modalities audio and image, {real.name} has {', '.join(real.modalities)}")
+    for what in ("lambda_jm", "lambda_mgm"):
+        if getattr(self, what) < 0: raise ValueError(f"{what} must not be negative, got {getattr(self, what)}")
+    widths = {m: feature_width(spec_for(shape, self.width), shape) for m, shape in real.shapes.items()}
+    same_width("joint and modality gap matching", widths)
+
 def control(method: AVDD) -> DM:
     "Plain matching with AVDD's sampler, augmentation, step rule, start and factor, and its rate × (1 + 2λ); needs equal weights"
     if method.lambda_jm != method.lambda_mgm:
-        raise ValueError(f"the control exists for equal weights only, got lambda_jm={method.lambda_jm} and lambda_mgm={method.lambda_mgm}")
+        raise ValueError("the control exists for equal weights only, "
+                         f"got lambda_jm={method.lambda_jm} and lambda_mgm={method.lambda_mgm}")
     shared = {k: v for k, v in vars(method).items() if k not in ("lambda_jm", "lambda_mgm", "lr_factor")}
     return DM(**shared, lr_factor=method.lr_factor * (1 + 2 * method.lambda_jm))
