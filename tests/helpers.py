@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddrepro.data import Normalisation
-from ddrepro.distilled import DistilledData
-from ddrepro.files import digest, load_tensors
-from ddrepro.pairs import PairData, PairPart
-from ddrepro.seeding import keyed_int, keyed_normal
+from ddrepro.core.files import digest, load_tensors
+from ddrepro.core.seeding import keyed_int, keyed_normal
+from ddrepro.data.pairs import PairData, PairPart
+from ddrepro.data.real import Normalisation
+from ddrepro.distill.distilled import DistilledData
 
 TESTS = Path(__file__).parent
 PATIENCE = 300  # seconds after which a child that does nothing fails its test

@@ -10,9 +10,9 @@ import soundfile
 import torch
 from torchvision.datasets import MNIST
 
-import ddrepro.datasets.av_mnist as chapter
-from ddrepro.files import DamagedFile
-from ddrepro.seeding import keyed
+import ddrepro.data.sets.av_mnist as chapter
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import keyed
 from helpers import idx, served
 
 SIZES = {"train": (54001, "train"), "validation": (5999, "train"), "test": (10000, "test")}

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from ddrepro.datasets.avdd_sets import AVE, VGGS10K, open_file
-from ddrepro.files import DamagedFile
-from ddrepro.registry import list_data, load_data
-from ddrepro.seeding import keyed_uniform
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import keyed_uniform
+from ddrepro.data.registry import list_data, load_data
+from ddrepro.data.sets.avdd_sets import AVE, VGGS10K, open_file
 
 STEMS = {"vggs10k": ("vgg_subset", VGGS10K), "ave": ("ave", AVE)}
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-import ddrepro.datasets.caption_sets as chapter
-import ddrepro.datasets.digit_scenes as digit_scenes
-from ddrepro.data import PARTS
-from ddrepro.files import DamagedFile
-from ddrepro.pairs import CLIP, PairData, clean_caption, pairs_html
-from ddrepro.registry import list_data, load_data
-from ddrepro.seeding import keyed
+import ddrepro.data.sets.caption_sets as chapter
+import ddrepro.data.sets.digit_scenes as digit_scenes
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import keyed
+from ddrepro.data.pairs import CLIP, PairData, clean_caption, pairs_html
+from ddrepro.data.real import PARTS
+from ddrepro.data.registry import list_data, load_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*R@k means little:UserWarning")
 

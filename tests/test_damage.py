@@ -5,15 +5,15 @@ import sys
 import pytest
 import torch
 
-from ddrepro.distill import Checkpoints, distill, run_identity
-from ddrepro.experiment import Experiment, run_all
-from ddrepro.files import load_tensors
-from ddrepro.herding import coreset
+from ddrepro.core.files import load_tensors
+from ddrepro.data.registry import load_data
+from ddrepro.distill.coresets import coreset
+from ddrepro.distill.loop import Checkpoints, distill, run_identity
+from ddrepro.distill.moments import EXACT
+from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
-from ddrepro.moments import EXACT
-from ddrepro.nets import spec_for
-from ddrepro.registry import load_data
-from ddrepro.training import Recipe
+from ddrepro.nets.networks import spec_for
+from ddrepro.nets.training import Recipe
 from helpers import DAMAGES, Stop, damages, flipped, one_process, truncated
 
 METHOD = get_method("avdd", "digits_av", ipc=1, width=4, batch=8, start_from="random", iterations=6)
@@ -154,10 +154,10 @@ def test_output_below_a_regular_file(real, tmp_path, below):
 
 LIMITED = '''
 import resource, sys
-from ddrepro.distill import distill
+from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.moments import EXACT
-from ddrepro.registry import load_data
+from ddrepro.distill.moments import EXACT
+from ddrepro.data.registry import load_data
 folder, store = sys.argv[1], sys.argv[2] or None
 most = int(sys.argv[3])
 real = load_data("digits_av")

@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-import ddrepro.moments as moments
-from ddrepro.augment import Augmentation, apply_dsa
-from ddrepro.data import FULL, Normalisation, Part, RealData
-from ddrepro.distill import Checkpoints, distill
-from ddrepro.distilled import DistilledData, merge
-from ddrepro.evaluate import evaluate
-from ddrepro.files import load_tensors
-from ddrepro.formation import decode, encode, per_canvas
-from ddrepro.losses import covariance_loss, historical_loss, prototype_loss
-from ddrepro.memory_bank import MemoryBank
-from ddrepro.method import STEP_RULES
+import ddrepro.distill.moments as moments
+from ddrepro.core.files import load_tensors
+from ddrepro.core.seeding import keyed, keyed_normal, keyed_uniform
+from ddrepro.data.augment import Augmentation, apply_dsa
+from ddrepro.data.formation import decode, encode, per_canvas
+from ddrepro.data.real import FULL, Normalisation, Part, RealData
+from ddrepro.data.registry import load_data
+from ddrepro.data.signals import SPEECH_LOG
+from ddrepro.distill.distilled import DistilledData, merge
+from ddrepro.distill.loop import Checkpoints, distill
+from ddrepro.distill.losses import covariance_loss, historical_loss, prototype_loss
+from ddrepro.distill.memory_bank import MemoryBank
+from ddrepro.distill.method import STEP_RULES
+from ddrepro.distill.moments import EXACT, Sampler
+from ddrepro.distill.sources import Pool
+from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.methods.dsdm import dsdm_rate
-from ddrepro.moments import EXACT, Sampler
-from ddrepro.nets import NetSpec, spec_for
-from ddrepro.registry import load_data
-from ddrepro.seeding import keyed, keyed_normal, keyed_uniform
-from ddrepro.signals import SPEECH_LOG
-from ddrepro.sources import Pool
-from ddrepro.training import Recipe, idc_recipe, new_net, train, train_together
+from ddrepro.nets.networks import NetSpec, spec_for
+from ddrepro.nets.training import Recipe, idc_recipe, new_net, train, train_together
 from helpers import (
     PATIENCE,
     Stop,
@@ -50,11 +50,11 @@ from helpers import (
 DSDM_RUN = '''
 import json, os, signal, sys
 import torch
-import ddrepro.sources as sources
-from ddrepro.distill import distill
+import ddrepro.distill.sources as sources
+from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.nets import NetSpec
-from ddrepro.registry import load_data
+from ddrepro.nets.networks import NetSpec
+from ddrepro.data.registry import load_data
 
 torch.set_num_threads(1)
 real = load_data("digits", train_per_class=16)

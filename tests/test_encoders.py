@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 import torch
 
-from ddrepro.contrastive import contrastive_loss
-from ddrepro.encoders import TextProjection, dropout_mask, image_encoder, text_projection, trainable
-from ddrepro.files import DamagedFile
-from ddrepro.seeding import isolated_rng, keyed_normal
-from ddrepro.text_encoders import PretrainedText, TfidfText, pretrained_text, text_encoder
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import isolated_rng, keyed_normal
+from ddrepro.nets.contrastive import contrastive_loss
+from ddrepro.nets.encoders import TextProjection, dropout_mask, image_encoder, text_projection, trainable
+from ddrepro.nets.text_encoders import PretrainedText, TfidfText, pretrained_text, text_encoder
 
 has_extra = all(map(find_spec, ("timm", "peft", "transformers")))
 with_extra = pytest.mark.skipif(not has_extra, reason="needs ddrepro[encoders]")
@@ -21,7 +21,7 @@ CAPTIONS = [" ".join(words) for words in product(*WORDS)]
 
 
 def test_nothing_optional_is_imported():
-    code = ("import sys, ddrepro.encoders, ddrepro.text_encoders\n"
+    code = ("import sys, ddrepro.nets.encoders, ddrepro.nets.text_encoders\n"
             "print({'timm', 'peft', 'transformers', 'huggingface_hub'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

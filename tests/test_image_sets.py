@@ -13,13 +13,13 @@ from scipy.io import savemat
 from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.transforms import functional
 
-import ddrepro.datasets.image_sets as chapter
-from ddrepro.data import DIGITS, FULL
-from ddrepro.datasets.folders import IMAGES, image_folder, median_size
-from ddrepro.files import DamagedFile
-from ddrepro.pictures import read_image
-from ddrepro.registry import list_data, load_data
-from ddrepro.seeding import keyed
+import ddrepro.data.sets.image_sets as chapter
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import keyed
+from ddrepro.data.pictures import read_image
+from ddrepro.data.real import DIGITS, FULL
+from ddrepro.data.registry import list_data, load_data
+from ddrepro.data.sets.folders import IMAGES, image_folder, median_size
 from helpers import idx, served
 
 # shape, sizes, classes, constants and augmentation as the papers have them

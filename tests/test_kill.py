@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddrepro.distilled import DistilledData, merge
-from ddrepro.method import STEP_RULES
-from ddrepro.seeding import keyed
+from ddrepro.core.seeding import keyed
+from ddrepro.distill.distilled import DistilledData, merge
+from ddrepro.distill.method import STEP_RULES
 from helpers import PATIENCE, Warm, bits, iterations, job_in, kill_at, python, said
 
 # What every child does. A job is plain data; each finished iteration is one line of the job's log.
@@ -17,11 +17,11 @@ RUN = '''
 import json, os, signal, sys, tempfile
 from pathlib import Path
 import torch
-from ddrepro.distill import distill
-from ddrepro.experiment import Experiment, run_all
+from ddrepro.distill.loop import distill
+from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
-from ddrepro.registry import load_data
-from ddrepro.training import Recipe
+from ddrepro.data.registry import load_data
+from ddrepro.nets.training import Recipe
 
 torch.set_num_threads(1)
 real = load_data("digits_av")

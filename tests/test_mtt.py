@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddrepro.classification import evaluation_job, score_one
-from ddrepro.distill import distill
-from ddrepro.distilled import DistilledData
-from ddrepro.evaluate import evaluate
-from ddrepro.experiment import Experiment, distillation_run, settled, snapshot_path
-from ddrepro.method import Context, Diverged
+from ddrepro.data.registry import load_data
+from ddrepro.distill.distilled import DistilledData
+from ddrepro.distill.loop import distill
+from ddrepro.distill.method import Context, Diverged
+from ddrepro.distill.moments import EXACT, Compute
+from ddrepro.evaluate.classification import evaluation_job, score_one
+from ddrepro.evaluate.experiment import Experiment, distillation_run, settled, snapshot_path
+from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.methods.mtt import step_rows
-from ddrepro.moments import EXACT, Compute
-from ddrepro.nets import FusionNet
-from ddrepro.registry import load_data
-from ddrepro.training import Recipe, dc_recipe, get_recipe, make_optimiser, new_net, train
-from ddrepro.vectors import flatten
+from ddrepro.nets.networks import FusionNet
+from ddrepro.nets.training import Recipe, dc_recipe, get_recipe, make_optimiser, new_net, train
+from ddrepro.nets.vectors import flatten
 from helpers import one_thread, run_script
 
 SMALL = dict(ipc=1, width=4, steps=3, span=1, max_start=2, experts=2, expert_epochs=2, expert_rate=.05,
@@ -28,10 +28,10 @@ SHORT = Recipe("short", 3, 16, "sgd", rate=None, augment=False)
 
 RUN = '''
 import json, sys
-from ddrepro.distill import distill
+from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.moments import EXACT
-from ddrepro.registry import load_data
+from ddrepro.distill.moments import EXACT
+from ddrepro.data.registry import load_data
 from helpers import die_at
 
 job = json.loads(sys.argv[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddrepro.share import project_root
+from ddrepro.core.share import project_root
 
 ROOT = project_root()
 pytestmark = pytest.mark.skipif(ROOT is None, reason="ddrepro runs from a wheel here; building one needs a checkout")
@@ -38,7 +38,7 @@ def test_wheel_carries_what_runs_need(wheel):
 
 def test_wheel_finds_its_files_from_any_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = ("import json; from ddrepro.share import project_root, share_path; "
+    code = ("import json; from ddrepro.core.share import project_root, share_path; "
             "print(json.dumps([project_root(), str(share_path('data/report/page.html.j2'))]))")
     env = {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -69,7 +69,7 @@ def test_wheel_runs_the_main_job_from_any_folder(wheel, tmp_path):
         "OMP_NUM_THREADS": "1",
         "DDREPRO_WORKERS": "0",
     }
-    code = ("import sys, ddrepro; from ddrepro.share import project_root; from ddrepro.cli import main; "
+    code = ("import sys, ddrepro; from ddrepro.core.share import project_root; from ddrepro.cli import main; "
             "assert project_root() is None, ddrepro.__file__; "
             "sys.exit(main(['run', 'avdd', '-p', 'profile', 'test', '-p', 'ipc', '1', '-p', 'controls', 'false']))")
     command = [sys._base_executable, "-c", code]

@@ -20,7 +20,7 @@ def notebook(tmp_path_factory):
         "device: str | None = None",
     ]
     cells = [
-        new_code_cell("from pathlib import Path\nfrom ddrepro.parameters import guard_parameters"),
+        new_code_cell("from pathlib import Path\nfrom ddrepro.report.parameters import guard_parameters"),
         new_code_cell("\n".join(parameters), metadata={"tags": ["parameters"]}),
         new_code_cell("params = guard_parameters()"),
         new_code_cell("Path('computed').write_text(repr(params))"),

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ddrepro.share import project_root
+from ddrepro.core.share import project_root
 from helpers import KERNEL
 
 ROOT = project_root()

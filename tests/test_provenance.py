@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ddrepro.distilled import DistilledData
-from ddrepro.evaluate import TASKS
-from ddrepro.experiment import Experiment, experiment_digest, run_all
-from ddrepro.method import Diverged
+from ddrepro.core.provenance import Undigestible, code_digest, store_code
+from ddrepro.data.registry import load_data
+from ddrepro.distill.distilled import DistilledData
+from ddrepro.distill.method import Diverged
+from ddrepro.evaluate.experiment import Experiment, experiment_digest, run_all
+from ddrepro.evaluate.tasks import TASKS
 from ddrepro.methods import get_method, list_methods, register
 from ddrepro.methods.avdd import AVDD
 from ddrepro.methods.dm import DM
-from ddrepro.provenance import Undigestible, code_digest, store_code
-from ddrepro.registry import load_data
-from ddrepro.training import RECIPES, Recipe
+from ddrepro.nets.training import RECIPES, Recipe
 
 FILES = {
     "__init__.py": "",
@@ -37,7 +37,7 @@ FILES = {
         """,
     "late.py": "def shifted(x): return x + 1\n",
 }
-DIGEST = "import {0}.methods as m; from ddrepro.provenance import code_digest; print(code_digest(m.Own))"
+DIGEST = "import {0}.methods as m; from ddrepro.core.provenance import code_digest; print(code_digest(m.Own))"
 
 def package(folder, name, **changes):
     "Write FILES as a package, with some files changed or added"
@@ -176,7 +176,7 @@ def test_what_is_not_written_in_python_is_refused(monkeypatch):
     kernel = torch._C._nn.gelu
     names = session("def f(x): return kernel(x)", kernel=kernel)
     assert code_digest(names["f"]) == code_digest(names["f"])
-    monkeypatch.setattr("ddrepro.provenance.is_library", lambda package: package == "torch")
+    monkeypatch.setattr("ddrepro.core.provenance.is_library", lambda package: package == "torch")
     with pytest.raises(Undigestible, match="f reaches math.exp, which is not written in Python"):
         import math
         code_digest(session("def f(x): return kernel(x)", kernel=math.exp)["f"])
@@ -203,8 +203,8 @@ def test_no_digest_follows_the_registries():
     assert before[0] != before[1]
 
 EXPERIMENTS = """
-from ddrepro.evaluate import TASKS
-from ddrepro.experiment import experiment_digest
+from ddrepro.evaluate.tasks import TASKS
+from ddrepro.evaluate.experiment import experiment_digest
 from ddrepro.methods import get_method, list_methods
 print([experiment_digest(get_method(name), task) for name in list_methods().name for task in TASKS.values()])
 """

@@ -4,12 +4,12 @@ import re
 import pandas as pd
 import pytest
 
-from ddrepro.evaluate import summarise
+from ddrepro.core.share import project_root
+from ddrepro.evaluate.statistics import compare
+from ddrepro.evaluate.tasks import summarise
 from ddrepro.papers.avdd import MTT_CLAIMS
-from ddrepro.recall_tables import RECALLS
-from ddrepro.share import project_root
-from ddrepro.statistics import compare
-from ddrepro.vldd_report import CLAIMS, claims_of
+from ddrepro.papers.vldd import VL_CLAIMS, recall_claims
+from ddrepro.report.recall_tables import RECALLS
 
 ROOT = project_root()
 pytestmark = pytest.mark.skipif(ROOT is None, reason="the README and the committed rows belong to a checkout")
@@ -106,9 +106,9 @@ def test_vl_recalls(title, file, pairs):
 def test_vl_differences():
     _, rows = next((h, r) for h, r in readme_tables() if h[0] == "difference in R@1")
     kept = pd.read_csv(ROOT / "reports/vldd_digit_scenes.csv")
-    claims = pd.concat([claims_of(kept[kept.place == table], table) for table in ("baselines", "modality")])
+    claims = pd.concat([recall_claims(kept[kept.place == table], table) for table in ("baselines", "modality")])
     claims = claims.set_index(["a", "b", "modality"])
-    assert len(rows) == len(CLAIMS["baselines"]) + len(CLAIMS["modality"])
+    assert len(rows) == len(VL_CLAIMS["baselines"]) + len(VL_CLAIMS["modality"])
     for pair, *cells in rows:
         for m, text in zip(("TR R@1", "IR R@1"), cells):
             r = claims.loc[(*pair.split(" − "), m)]

@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-from ddrepro.augment import OPS, Augmentation, apply_dsa
-from ddrepro.formation import decode
-from ddrepro.losses import dm_loss, jm_loss, mgm_loss
-from ddrepro.nets import ConvNet, NetSpec, spec_for
-from ddrepro.seeding import keyed_normal
+from ddrepro.core.seeding import keyed_normal
+from ddrepro.data.augment import OPS, Augmentation, apply_dsa
+from ddrepro.data.formation import decode
+from ddrepro.distill.losses import dm_loss, jm_loss, mgm_loss
+from ddrepro.nets.networks import ConvNet, NetSpec, spec_for
 from helpers import assert_close, cases, reference, reference_input
 
 SEED = 0

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddrepro.augment import (
+from ddrepro.core.seeding import keyed_normal
+from ddrepro.data.augment import (
     Augmentation,
     Composition,
     CutMix,
@@ -13,10 +14,9 @@ from ddrepro.augment import (
     cutmix_span,
     draw_diffaug,
 )
-from ddrepro.data import Normalisation, Part, RealData
-from ddrepro.herding import coreset, herding_order, kcenter_order
-from ddrepro.nets import FusionNet, NetSpec, spec_for
-from ddrepro.seeding import keyed_normal
+from ddrepro.data.real import Normalisation, Part, RealData
+from ddrepro.distill.coresets import coreset, herding_order, kcenter_order
+from ddrepro.nets.networks import FusionNet, NetSpec, spec_for
 from helpers import assert_close, reference, reference_input
 
 SEED = 0

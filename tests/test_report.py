@@ -8,7 +8,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ddrepro.cli import main
-from ddrepro.report import render_report, report_index, tagged_output
+from ddrepro.report.report import render_report, report_index, tagged_output
 from helpers import KERNEL
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"

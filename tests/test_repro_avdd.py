@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddrepro.share import share_path
+from ddrepro.core.share import share_path
 from helpers import DDREPRO, papermill, run_command
 
 NOTEBOOK = share_path("nbs/repro_avdd.ipynb")
@@ -92,8 +92,8 @@ def test_command_refuses_before_a_kernel_starts(tmp_path):
 def test_imports_need_no_notebook_packages(tmp_path):
     "Importing the library leaves papermill, nbconvert, IPython kernels and the like alone"
     heavy = "papermill nbconvert nbclient timm peft transformers av jupyterlab ipykernel nbdev".split()
-    code = ("import sys, ddrepro, ddrepro.data, ddrepro.methods, ddrepro.distill, ddrepro.evaluate; "
-            "import ddrepro.experiment; "
+    code = ("import sys, ddrepro, ddrepro.data.real, ddrepro.methods, ddrepro.distill.loop, ddrepro.evaluate.tasks; "
+            "import ddrepro.evaluate.experiment; "
             f"ddrepro.methods.get_method('avdd'); print([m for m in {heavy} if m in sys.modules])")
     done = run_command([sys.executable, "-c", code], tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

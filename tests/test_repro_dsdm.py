@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ddrepro.cli import main
-from ddrepro.share import share_path
+from ddrepro.core.share import share_path
 from helpers import DDREPRO, kept_files, papermill, run_command
 
 NOTEBOOK = share_path("nbs/repro_dsdm.ipynb")

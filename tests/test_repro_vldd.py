@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from ddrepro.cli import main
+from ddrepro.core.share import share_path
 from ddrepro.papers.vldd import VL_TABLES
-from ddrepro.share import share_path
 from helpers import DDREPRO, kept_files, papermill, run_command
 
 NOTEBOOK = share_path("nbs/repro_vldd.ipynb")
@@ -72,7 +72,7 @@ def test_without_pictures(modality):
     done = execute(folder, "-p", "table", "modality", "-p", "pictures", "false")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("Traceback") == 0
-    from ddrepro.registry import load_data
+    from ddrepro.data.registry import load_data
     shown = outputs(folder / "out.ipynb")
     for caption in load_data("digit_scenes").train.captions[0]: assert caption not in shown
     assert "data:image" not in shown and "`pictures` is false" in shown

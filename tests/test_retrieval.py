@@ -6,10 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddrepro.contrastive import SCALE, STUDENT_SCALE, arcface_logits, contrastive_loss
-from ddrepro.retrieval import class_retrieval, few_per_class, nearest_sentences, retrieval_scores, sorted_scores
-from ddrepro.retrieval_speed import measure_retrieval
-from ddrepro.seeding import keyed, keyed_normal
+from ddrepro.core.seeding import keyed, keyed_normal
+from ddrepro.evaluate.retrieval import (
+    class_retrieval,
+    few_per_class,
+    nearest_sentences,
+    retrieval_scores,
+    sorted_scores,
+)
+from ddrepro.evaluate.retrieval_speed import measure_retrieval
+from ddrepro.nets.contrastive import SCALE, STUDENT_SCALE, arcface_logits, contrastive_loss
 
 OWNER = np.arange(20).repeat(5)
 # itm_eval and the two losses of princetonvisualai/multimodal_dataset_distillation (c696fd6),

@@ -10,14 +10,14 @@ import scipy.signal
 import soundfile
 import torch
 
-import ddrepro.datasets.av_mnist as av_mnist
-import ddrepro.datasets.speech_sets as chapter
-from ddrepro.data import PARTS
-from ddrepro.datasets.av_mnist import find_pack, obtain, read_archive
-from ddrepro.files import DamagedFile
-from ddrepro.registry import list_data, load_data
-from ddrepro.seeding import keyed
-from ddrepro.signals import (
+import ddrepro.data.sets.av_mnist as av_mnist
+import ddrepro.data.sets.speech_sets as chapter
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import keyed
+from ddrepro.data.real import PARTS
+from ddrepro.data.registry import list_data, load_data
+from ddrepro.data.sets.av_mnist import find_pack, obtain, read_archive
+from ddrepro.data.signals import (
     AVDD_MEL,
     DIGITS_LOG,
     DIGITS_MEL,

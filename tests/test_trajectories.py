@@ -6,14 +6,14 @@ import signal
 import pytest
 import torch
 
-from ddrepro.files import DamagedFile
-from ddrepro.nets import NetSpec
-from ddrepro.registry import load_data
-from ddrepro.seeding import keyed_normal
-from ddrepro.training import Recipe, training_loss
-from ddrepro.trajectories import Experts, Segments, Trajectories
-from ddrepro.unroll import keyed_dropout, trajectory_loss, unroll
-from ddrepro.vectors import run_flat
+from ddrepro.core.files import DamagedFile
+from ddrepro.core.seeding import keyed_normal
+from ddrepro.data.registry import load_data
+from ddrepro.distill.unroll import keyed_dropout, trajectory_loss, unroll
+from ddrepro.nets.experts import Experts, Segments, Trajectories
+from ddrepro.nets.networks import NetSpec
+from ddrepro.nets.training import Recipe, training_loss
+from ddrepro.nets.vectors import run_flat
 from helpers import one_thread, run_script, snapshot_digests
 
 QUICK = Recipe("quick expert", 1, 128, "sgd", rate=0.01, momentum=0.)
@@ -21,10 +21,10 @@ EPOCHS = 3
 
 TRAIN = '''
 import json, sys
-from ddrepro.nets import NetSpec
-from ddrepro.registry import load_data
-from ddrepro.training import Recipe
-from ddrepro.trajectories import Experts
+from ddrepro.nets.networks import NetSpec
+from ddrepro.data.registry import load_data
+from ddrepro.nets.training import Recipe
+from ddrepro.nets.experts import Experts
 from helpers import die_at
 
 job = json.loads(sys.argv[1])
@@ -161,11 +161,11 @@ def test_gradients_equal_finite_differences(real, undisturbed):
 
 PEAK = '''
 import resource, sys, torch
-from ddrepro.nets import NetSpec
-from ddrepro.seeding import keyed_normal
-from ddrepro.training import new_net, training_loss
-from ddrepro.vectors import flatten, layout_of, run_flat
-from ddrepro.unroll import trajectory_loss, unroll
+from ddrepro.nets.networks import NetSpec
+from ddrepro.core.seeding import keyed_normal
+from ddrepro.nets.training import new_net, training_loss
+from ddrepro.nets.vectors import flatten, layout_of, run_flat
+from ddrepro.distill.unroll import trajectory_loss, unroll
 
 torch.set_num_threads(1)
 net = new_net({"image": NetSpec(3, 16)}, {"image": (3, 32, 32)}, 10, "linear", 0)

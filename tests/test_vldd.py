@@ -10,22 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddrepro.contrastive import SCALE, STUDENT_SCALE, contrastive_loss
-from ddrepro.distill import distill
-from ddrepro.distilled import DistilledData
-from ddrepro.dual import DualSpec, dual_net, layouts, vectors
-from ddrepro.encoders import TextProjection
-from ddrepro.evaluate import origin_from
-from ddrepro.experiment import Experiment, run_all
-from ddrepro.files import load_tensors
-from ddrepro.method import Diverged
+from ddrepro.core.files import load_tensors
+from ddrepro.core.seeding import keyed, keyed_normal
+from ddrepro.distill.distilled import DistilledData
+from ddrepro.distill.loop import distill
+from ddrepro.distill.method import Diverged
+from ddrepro.distill.moments import EXACT
+from ddrepro.distill.unroll import trajectory_loss, unroll
+from ddrepro.evaluate.experiment import Experiment, run_all
+from ddrepro.evaluate.pair_scores import pair_job, rates_of, score_pairs
+from ddrepro.evaluate.tasks import origin_from
 from ddrepro.methods import get_method
-from ddrepro.moments import EXACT
-from ddrepro.pair_experts import PairExperts
-from ddrepro.pair_scores import pair_job, rates_of, score_pairs
-from ddrepro.pair_training import PAIR_EXPERT, PAIRS_RECIPE
-from ddrepro.seeding import keyed, keyed_normal
-from ddrepro.unroll import trajectory_loss, unroll
+from ddrepro.nets.contrastive import SCALE, STUDENT_SCALE, contrastive_loss
+from ddrepro.nets.dual import DualSpec, dual_net, layouts, vectors
+from ddrepro.nets.encoders import TextProjection
+from ddrepro.nets.experts import PairExperts
+from ddrepro.nets.pair_training import PAIR_EXPERT, PAIRS_RECIPE
 from helpers import one_thread, run_script, snapshot_digests, squares
 
 SMALL = dict(width=4, dim=6, experts=2, expert_epochs=2, expert_batch=8, expert_captions=0)
@@ -34,9 +34,9 @@ QUICK = SMALL | dict(ipc=6, iterations=6, steps=3, batch=4, max_start=2, alpha=0
 
 CHILD = '''
 import json, os, signal, sys
-from ddrepro.distill import distill
+from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.moments import EXACT
+from ddrepro.distill.moments import EXACT
 from helpers import die_at, squares
 
 job = json.loads(sys.argv[1])
