@@ -17,9 +17,9 @@ def chore(*words):
 
 
 def test_a_chapter_that_is_not_there_is_an_error():
-    done = chore("test", "01_shaer")
+    done = chore("test", "02_shaer")
     assert done.returncode == 2
-    assert "the nearest is '01_share'" in done.stderr
+    assert "the nearest is '02_share'" in done.stderr
 
 
 GO = """

@@ -7,7 +7,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ddrepro.cli import main
+from ddrepro.cli import main, papers
 from ddrepro.report.report import render_report, report_index, tagged_output
 from helpers import KERNEL
 
@@ -75,8 +75,9 @@ def command(tmp_path, monkeypatch, capsys):
     """`ddrepro run avdd -p …` with a notebook of a few lines in the paper's place:
     (status, what it printed, the folder of reports)"""
     cells = [new_code_cell("\n".join(lines), metadata={"tags": [tag]}) for tag, lines in TINY.items()]
-    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "tiny.ipynb")
-    monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / "tiny.ipynb")
+    (tmp_path / "nbs").mkdir()
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "nbs/repro_avdd.ipynb")
+    monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / name)
     monkeypatch.setenv("DDREPRO_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
 
@@ -106,10 +107,9 @@ def test_other_parameters_make_another_report(command):
 
 
 def test_help_is_of_one_paper(capsys):
-    from ddrepro.cli import PAPERS
     calls = {"run --help": [], "run vldd --help": ["vldd"], "run --help dsdm": ["dsdm"]}
     for words, shown in calls.items():
         with pytest.raises(SystemExit) as stop: main(words.split())
         text = capsys.readouterr().out
-        assert stop.value.code == 0 and [p for p in PAPERS if f"parameters of {p}:" in text] == shown
-        assert all(f"ddrepro run {p} --help" in text for p in PAPERS) == (not shown)
+        assert stop.value.code == 0 and [p for p in papers() if f"parameters of {p}:" in text] == shown
+        assert all(f"ddrepro run {p} --help" in text for p in papers()) == (not shown)

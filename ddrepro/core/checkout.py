@@ -36,7 +36,7 @@ def notebook_called(
     fitting = [key for key in notebooks if any(f"/{form}".endswith(f"/{wanted}") for form in (key, unnumbered[key]))]
     if len(fitting) > 1:
         raise ValueError(f"notebook {name!r} stands in several folders; say which: {', '.join(fitting)}")
-    if not fitting: choose("notebook", wanted, {*notebooks, *(key.split("/")[-1] for key in notebooks)})
+    if not fitting: choose("notebook", wanted, sorted({*notebooks, *(key.split("/")[-1] for key in notebooks)}))
     return notebooks[fitting[0]]
 
 # %% ../../nbs/core/08_checkout.ipynb #7ef83c27

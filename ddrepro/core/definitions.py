@@ -127,12 +127,12 @@ def functions_in(text: str) -> dict:
     for node in ast.walk(tree):
         if isinstance(node, ast.Lambda): lambdas.setdefault(node.lineno, []).append(node)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): nodes[node.name, first_line(node)] = node
-    found = {}
+    by_code = {}
     for code in code_objects(module):
         if code.co_name == "<lambda>": node = lambda_node(code, lambdas[code.co_firstlineno])
         else: node = nodes.get((code.co_name, code.co_firstlineno))
-        if node is not None: found[repr(instructions(code))] = node
-    return found
+        if node is not None: by_code[repr(instructions(code))] = node
+    return by_code
 
 def written(code: types.CodeType, module: dict) -> list:
     "What a function says, as plain data: its syntax where the source is there and is what runs, else its instructions"

@@ -301,8 +301,10 @@ PairExperts.network = network
 def pair_expert_key(experts: PairExperts) -> dict:
     "Everything an expert depends on besides its index and its epochs, as plain data"
     e = experts
-    return dict(source="pair experts", data=e.real.fingerprint, image=image_facts(e.spec), text=dict(name=e.spec.text, width=e.d_text, dropout=e.spec.dropout),
-                recipe=asdict(replace(e.recipe, epochs=0)), seed=e.seed, layout={m: own.plain() for m, own in e.layouts.items()},
+    text = dict(name=e.spec.text, width=e.d_text, dropout=e.spec.dropout)
+    layout = {m: part.plain() for m, part in e.layouts.items()}
+    return dict(source="pair experts", data=e.real.fingerprint, image=image_facts(e.spec), text=text,
+                recipe=asdict(replace(e.recipe, epochs=0)), seed=e.seed, layout=layout,
                 frozen=frozen_digest(e.net), device=e.device.split(":")[0],
                 code=store_code(pair_expert_jobs, train_pair_expert, type(e.real)))
 
@@ -311,9 +313,9 @@ def image_facts(spec: DualSpec) -> dict: return {k: getattr(spec, k) for k in ("
 def frozen_digest(net) -> str:
     "Of what adapters are attached to; empty where everything is trained"
     frozen = [p.detach().cpu().contiguous() for p in net.parameters() if not p.requires_grad]
-    found = hashlib.blake2b(digest_size=8)
-    for p in frozen: found.update(p.numpy().data)
-    return found.hexdigest() if frozen else ""
+    read = hashlib.blake2b(digest_size=8)
+    for p in frozen: read.update(p.numpy().data)
+    return read.hexdigest() if frozen else ""
 
 def pair_expert_jobs(experts: PairExperts, indices: list) -> list:
     "All that training these experts needs"

@@ -94,8 +94,9 @@ class DSDMSettings:
         "The method with published defaults, tuned rate, then this report's settings"
         settings = DSDM_PAPER.tuned_for(self.dataset, name, ipc) | dict(width=self.width)
         fields = registered()[name].__dataclass_fields__
-        own = dict(iterations=self.iterations, batch=self.batch, models=self.models, pool_epochs=self.pool_epochs, pool_batch=self.pool_batch)
-        if "batch" in fields: settings |= {k: v for k, v in own.items() if k in fields and v is not None}
+        numbers = dict(iterations=self.iterations, batch=self.batch, models=self.models, pool_epochs=self.pool_epochs,
+                       pool_batch=self.pool_batch)
+        if "batch" in fields: settings |= {k: v for k, v in numbers.items() if k in fields and v is not None}
         return get_method(name, self.dataset, ipc, **settings | changes)
 
     def experiment(self, name: str, ipc: int, label: str, seed: int, **changes) -> Experiment:
