@@ -81,6 +81,11 @@ class RankCounts:
         self.best[rows] = sims.masked_fill(~right, -torch.inf).amax(1)
         self.right[rows] = (right & (sims == self.best[rows, None])).sum(1)
 
+    def aim_at(self, rows: slice, best: torch.Tensor):
+        "As `aim`, by the similarity (queries,) of the one right item that each of these queries has"
+        self.best[rows] = best
+        self.right[rows] = 1
+
     def add(self, rows: slice, sims: torch.Tensor):
         "Count the items of a tile (queries, items) against the best right one, which `aim` has found"
         self.above[rows] += (sims > self.best[rows, None]).sum(1)
@@ -133,7 +138,7 @@ def retrieval_scores(
         if i == j:                                       # everything that belongs together
             right = numbers[r, None] == owner[c]
             tr.aim(r, sims, right)
-            ir.aim(c, sims.T, right.T)
+            ir.aim_at(c, sims.T[right.T])     # a text has one image
         tr.add(r, sims)
         ir.add(c, sims.T)
     return both_ways(tr.summary(ks), ir.summary(ks))
