@@ -17,6 +17,7 @@ import torch
 from ..core.share import choose
 from ..core.workers import side_by_side
 from ..data.real import PARTS
+from ..distill.unroll import guard_rates
 from ..nets.networks import FUSIONS, NETS, spec_for
 from ..nets.training import Recipe, accuracies, get_recipe, new_net, train, train_together
 
@@ -142,6 +143,7 @@ def with_learned_rates(
     if not learned:
         raise ValueError(f"recipe {recipe.name} trains with the rate learned with a distilled set, "
                          "and no rate was learned with this one: give a recipe with a rate, such as 'dc' or dc_recipe(rate=0.01)")
+    guard_rates(learned)
     if fusion == "linear": return replace(recipe, rate=next(iter(learned.values())))
     if fusion != "ensemble":
         raise ValueError("fusion must be 'linear' or 'ensemble' where each modality has its learned rate; "
