@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED', 'ELSEWHERE', 'KERNEL', 'DEMO', 'papers', 'notebook_of', 'parse_assignments', 'report_name', 'Reported',
            'run_paper', 'render', 'headline', 'this_interpreter', 'doctor', 'check_data_sets', 'parser', 'run_epilog',
-           'to_the_left', 'method_table', 'run_and_print', 'execute', 'main']
+           'to_the_left', 'method_table', 'run_and_print', 'execute', 'parsed', 'stopped', 'main']
 
 # %% ../nbs/cli.ipynb #cell-003
 import argparse
@@ -83,6 +83,8 @@ def run_paper(
     name: str = None           # of the report; default made from the parameters
 ) -> Reported:
     "Execute a paper's notebook and render its report; its rows go beside it as CSV, the executed notebook stays with the runs"
+    if name and Path(name).name != name:
+        raise ValueError(f"name must be a file name without folders, got {name!r}; --reports names the folder")
     from ddrepro.core.files import make_folder, write_atomic
     from ddrepro.evaluate.experiment import runs_folder, work_folder
     from ddrepro.report.parameters import check_parameters, declared_parameters
@@ -193,7 +195,7 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
     "All commands; the help of `run` shows the parameters of one paper, or where to find them"
     top = argparse.ArgumentParser("ddrepro", description="Dataset distillation papers reproduced, checked and extended.")
     top.add_argument("--version", action="version", version=f"ddrepro {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    commands = top.add_subparsers(dest="command", metavar="command")
     def add(name, about, **more):
         plain = argparse.RawDescriptionHelpFormatter
         return commands.add_parser(name, help=about, description=about, formatter_class=plain, **more)
@@ -268,15 +270,35 @@ def execute(args) -> int:
         bench(args.what, args.json)
     return 0
 
+def parsed(words: list) -> argparse.Namespace:
+    "Arguments of the command line; what no command knows ends with exit status 2, and a hint where it looks like a parameter"
+    commands = parser(next((word for word in words if word in papers()), None))
+    args, unknown = commands.parse_known_args(words)
+    hint = ""
+    if args.command == "run" and unknown and unknown[0].startswith("--"):
+        hint = f"; parameters of the notebook are set by -p: -p {' '.join(unknown).removeprefix('--').replace('=', ' ', 1)}"
+    if unknown: commands.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+def stopped() -> int:
+    "What Ctrl-C says; the exit status that shells expect of it"
+    print("ddrepro: stopped; the same command goes on where it was", file=sys.stderr)
+    return 130
+
 def main(argv=None) -> int:
     "The entry point: a clear line and exit status 2 for what the caller can mend"
     words = sys.argv[1:] if argv is None else argv
-    args = parser(next((word for word in words if word in papers()), None)).parse_args(words)
+    args = parsed(words)
+    if not args.command:
+        parser().print_help()
+        return 0
     try: return execute(args)
+    except KeyboardInterrupt: return stopped()
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"ddrepro: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if type(error).__name__ != "PapermillExecutionError": raise
+        if error.ename == "KeyboardInterrupt": return stopped()
         print(f"ddrepro: the notebook stopped with {error.ename}: {error.evalue}", file=sys.stderr)
         return 1
