@@ -40,7 +40,7 @@ def with_torchs_layers(net: torch.nn.Module) -> torch.nn.Module:
     return net
 
 class Student(NamedTuple):
-    "A ConvNet on random images as the trajectory chapter takes it"
+    "A ConvNet on random images as the chapter `unroll` takes it"
     loss: callable       # of ({"net": parameters}, inputs, step)
     start: torch.Tensor  # (parameters,)
 

@@ -1,9 +1,11 @@
 """The chores of the checkout, as make runs them."""
+import re
 import subprocess
 import sys
 
 import pytest
 
+from ddrepro.core.checkout import notebooks_in
 from ddrepro.core.share import project_root
 from helpers import KERNEL
 
@@ -50,3 +52,9 @@ def test_chapters_are_executed_and_saved(tmp_path):
     assert cells[0].outputs[0].data["text/plain"] == "42"
     assert [c.outputs for c in cells[1:]] == [[], []]
     assert (tmp_path / "nbs/01_bad.ipynb").read_bytes() == before
+
+
+def test_the_sidebar_names_every_chapter_once():
+    nbs = ROOT / "nbs"
+    named = re.findall(r"^ *- ([\w/]+\.ipynb)$", (nbs / "sidebar.yml").read_text(), re.M)
+    assert sorted(named) == sorted(f.relative_to(nbs).as_posix() for f in notebooks_in(nbs).values())

@@ -48,6 +48,9 @@ def dataset(
     "Decorate the function that loads a data set, which registers it"
     choose("task", task, TASK_NAMES)
     def register(load):
+        other = _registry.get(name)
+        if other is not None and other.load.__module__ != load.__module__:
+            raise ValueError(f"the name {name!r} belongs to a data set of {other.load.__module__}; choose another")
         _registry[name] = DatasetEntry(name, load, tuple(modalities), classes, sizes, source, where, task)
         return load
     return register

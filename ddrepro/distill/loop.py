@@ -97,6 +97,8 @@ def distill(
     on_iteration=None           # called with (t, loss, S) after each step
 ) -> DistilledData:
     "Distil `real` by `method`; a killed run with the same `folder` goes on where its last checkpoint was"
+    if not isinstance(method, Method): raise TypeError(f"method must be a Method, such as get_method('dm'); got {method!r}")
+    if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     method.check(real)
     classes = check_classes(method, real, classes)
     compute = compute or resolve_compute(device, precision, compile, width=method.width, iterations=method.iterations)

@@ -104,6 +104,8 @@ def evaluation_job(
     "Everything `score` needs but the seeds"
     if set(distilled.tensors) - set(real.modalities):
         raise ValueError(f"the distilled set has {list(distilled.tensors)}, {real.name} has {list(real.modalities)}")
+    if tuple(distilled.classes) != tuple(real.classes) and len(distilled.classes) != len(real.classes):
+        raise ValueError(f"the set was distilled from data of {len(distilled.classes)} classes, and {real.name} has {len(real.classes)}")
     if len(distilled.labels) != len(real.classes):
         raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(real.classes)} classes; merge its shards first")
     for m, n in distilled.normalisation.items():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Scoring', 'Origin', 'origin_of', 'origin_from', 'Task', 'refuse_given', 'Classification', 'default_recipe',
-           'Retrieval', 'task_of', 'evaluate', 'evaluation_seeds', 'summarise']
+           'Retrieval', 'task_of', 'evaluate', 'as_list', 'evaluation_seeds', 'summarise']
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #668c2efa
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import NamedTuple
@@ -16,6 +17,8 @@ import pandas as pd
 from ..core.share import choose
 from ..data.pairs import PairData
 from ..data.real import RealData
+from ..distill.method import check_kind
+from ..distill.moments import resolve_compute
 from .classification import LETTERS, evaluation_job, score, score_each, whole_job
 from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of
@@ -152,12 +155,17 @@ def evaluate(
     width: int = None,          # of the evaluation networks; default the width of distillation, else 128
     fusion: str = None,         # default "ensemble" of several modalities, "linear" of one
     epochs: int = None,         # passes; the drops stay where the recipe has them (`stretched` moves them)
-    device: str = "cpu",
+    device: str = "auto",       # "auto", "cpu", "cuda"
     net: str = None, *,         # kind of the evaluation networks, or image encoder: cross-architecture
     dual: DualSpec = None,      # encoders for pairs; default those the set was distilled with
     store=None                  # folder of caption embeddings
 ) -> pd.DataFrame:              # one row a network and measure
     "Score a distilled set: tidy rows with every single accuracy or recall"
+    if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
+    for name, value in (("epochs", epochs), ("width", width)):
+        check_kind(name, value, int)
+        if value is not None and value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
+    device = resolve_compute(device).device
     task = task_of(real)
     if distilled is not None and distilled.task != task.name:
         raise ValueError(f"the distilled set teaches {distilled.task}; {real.name} is for {task.name}")
@@ -168,9 +176,16 @@ def evaluate(
     jobs = [job | {"seeds": [(seed, k)]} for k in evaluation_seeds(seeds)]
     return pd.DataFrame([row for rows in task.score_each(jobs, device) for row in rows])
 
+def as_list(x) -> list:
+    "What can be gone through, else a list of the thing itself"
+    return list(x) if isinstance(x, Iterable) else [x]
+
 def evaluation_seeds(seeds) -> list:
     "How many evaluation networks, or which seeds, as a list; ValueError where there is none"
-    chosen = list(range(seeds) if isinstance(seeds, Integral) else seeds)
+    number = isinstance(seeds, Integral) and not isinstance(seeds, bool)
+    if not number and (isinstance(seeds, str) or not all(isinstance(k, Integral) for k in as_list(seeds))):
+        raise TypeError(f"seeds must be an integer, or a list of evaluation seeds, got {seeds!r}")
+    chosen = list(range(seeds) if number else seeds)
     if not chosen: raise ValueError(f"seeds must be at least 1, or a list of evaluation seeds, got {seeds!r}")
     return chosen
 

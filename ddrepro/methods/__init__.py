@@ -24,7 +24,11 @@ from ..distill.method import Method
 _methods = {}
 
 def register(cls):
-    "Make a Method known by its `name`"
+    "Make a Method known by its `name`; ValueError where it has none of its own, or a method elsewhere has it"
+    if "name" not in vars(cls): raise ValueError(f'{cls.__name__} needs a name of its own, such as name = "{cls.__name__.lower()}"')
+    other = _methods.get(cls.name)
+    if other is not None and other.__module__ != cls.__module__:
+        raise ValueError(f"the name {cls.name!r} of {cls.__name__} belongs to {other.__module__}.{other.__name__}; choose another")
     _methods[cls.name] = cls
     return cls
 
@@ -54,7 +58,7 @@ def method_class(name: str) -> type:
 
 def check_dataset(name: str):
     "Raise ValueError for what looks like a misspelt registered name; data of your own may be called anything"
-    known = list(entries())
+    known = sorted(entries())
     if name is None or "." in str(name): return              # a file has its own name
     if difflib.get_close_matches(str(name), known, n=1, cutoff=0.8): choose("dataset", name, known)
 
