@@ -49,8 +49,8 @@ def dataset(
     choose("task", task, TASK_NAMES)
     def register(load):
         other = _registry.get(name)
-        if other is not None and other.load.__module__ != load.__module__:
-            raise ValueError(f"the name {name!r} belongs to a data set of {other.load.__module__}; choose another")
+        if other is not None and other.load.__name__ != load.__name__:
+            raise ValueError(f"the name {name!r} belongs to {other.load.__module__}.{other.load.__name__}; choose another")
         _registry[name] = DatasetEntry(name, load, tuple(modalities), classes, sizes, source, where, task)
         return load
     return register

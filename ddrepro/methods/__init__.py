@@ -27,7 +27,7 @@ def register(cls):
     "Make a Method known by its `name`; ValueError where it has none of its own, or a method elsewhere has it"
     if "name" not in vars(cls): raise ValueError(f'{cls.__name__} needs a name of its own, such as name = "{cls.__name__.lower()}"')
     other = _methods.get(cls.name)
-    if other is not None and other.__module__ != cls.__module__:
+    if other is not None and other.__module__ != cls.__module__ and other.__name__ != cls.__name__:    # a chapter runs its own class
         raise ValueError(f"the name {cls.name!r} of {cls.__name__} belongs to {other.__module__}.{other.__name__}; choose another")
     _methods[cls.name] = cls
     return cls

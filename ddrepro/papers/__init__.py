@@ -17,10 +17,10 @@ from ..core.share import choose, share_path
 _papers = {}
 
 def register_paper(paper):
-    "Make a Paper known by its `name`; ValueError where a paper of another module has it"
+    "Make a Paper known by its `name`; ValueError where another paper has it"
     other = _papers.get(paper.name)
-    if other is not None and type(other).__module__ != type(paper).__module__:
-        raise ValueError(f"the name {paper.name!r} belongs to a paper of {type(other).__module__}; choose another")
+    if other is not None and type(other).__name__ != type(paper).__name__:
+        raise ValueError(f"the name {paper.name!r} belongs to {type(other).__module__}.{type(other).__name__}; choose another")
     _papers[paper.name] = paper
     return paper
 
