@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.seeding import keyed_choice
 from ..core.share import choose, need
@@ -162,28 +163,6 @@ class RealData:
         "Training samples of the class that has the fewest"
         return min(len(i) for i in self.train.by_class.values())
 
-    def check_start(
-        self,
-        ipc: int,                # canvases a class
-        factor: int = 1,
-        order: str = "columns"   # how canvases are cut, of `formation.ORDERS`
-    ):
-        "Raise ValueError where a class has too few samples to start from, or the factor does not suit them"
-        need = ipc * per_canvas(factor, order)
-        if need > self.smallest_class:
-            raise ValueError(f"ipc={ipc} with factor {factor} needs {need} real samples a class to start from; "
-                             f"the smallest class of {self.name} has {self.smallest_class}, "
-                             f"so ipc can be at most {self.smallest_class // per_canvas(factor, order)}")
-        if order != "columns": return
-        for m, shape in self.shapes.items():
-            if any(side % factor for side in shape[1:]):
-                raise ValueError(f"factor {factor} does not divide the {m} size {shape[1]}×{shape[2]} of {self.name}")
-
-    def batch(self, part: str, indices, device="cpu", modalities=None) -> dict:
-        "Normalised float32 inputs of the samples `indices` of a part"
-        inputs = getattr(self, part).inputs
-        return {m: self.normalisation[m](inputs[m][torch.as_tensor(indices)].to(device)) for m in modalities or inputs}
-
     @cached_property
     def fingerprint(self) -> str:
         "BLAKE2 over all tensors, labels, constants and the augmentation string: what results are keyed by"
@@ -196,18 +175,46 @@ class RealData:
         digest.update(repr((self.strategy, sorted(self.normalisation.items()))).encode())
         return digest.hexdigest()
 
-    def whitened(self, eps: float = 0.1) -> "RealData":
-        "The same images ZCA-whitened, by a fit on their training part; sounds stay as they are"
-        images = {m: Whitening.fit(x, eps) for m, x in self.train.inputs.items() if m not in self.signals}
-        if not images: raise ValueError(f"{self.name} has no images to whiten, only {' and '.join(self.modalities)}")
-        return replace(self, name=f"{self.name}_zca", normalisation={**self.normalisation, **images})
+# %% ../../nbs/data/02_real.ipynb #ec5c61d6
+@patch
+def batch(self: RealData, part: str, indices, device="cpu", modalities=None) -> dict:
+    "Normalised float32 inputs of the samples `indices` of a part"
+    inputs = getattr(self, part).inputs
+    return {m: self.normalisation[m](inputs[m][torch.as_tensor(indices)].to(device)) for m in modalities or inputs}
 
-    def restrict(self, modalities) -> "RealData":
-        "The same data with some of its modalities"
-        for m in modalities: choose("modality", m, self.modalities)
-        keep = lambda mapping: {m: mapping[m] for m in modalities if m in mapping}
-        parts = {p: Part(keep(getattr(self, p).inputs), getattr(self, p).labels) for p in PARTS}
-        return replace(self, normalisation=keep(self.normalisation), signals=keep(self.signals), **parts)
+@patch
+def check_start(
+    self: RealData,
+    ipc: int,                # canvases a class
+    factor: int = 1,
+    order: str = "columns"   # how canvases are cut, of `formation.ORDERS`
+):
+    "Raise ValueError where a class has too few samples to start from, or the factor does not suit them"
+    need = ipc * per_canvas(factor, order)
+    if need > self.smallest_class:
+        raise ValueError(f"ipc={ipc} with factor {factor} needs {need} real samples a class to start from; "
+                         f"the smallest class of {self.name} has {self.smallest_class}, "
+                         f"so ipc can be at most {self.smallest_class // per_canvas(factor, order)}")
+    if order != "columns": return
+    for m, shape in self.shapes.items():
+        if any(side % factor for side in shape[1:]):
+            raise ValueError(f"factor {factor} does not divide the {m} size {shape[1]}×{shape[2]} of {self.name}")
+
+# %% ../../nbs/data/02_real.ipynb #4d0eaf11
+@patch
+def whitened(self: RealData, eps: float = 0.1) -> "RealData":
+    "The same images ZCA-whitened, by a fit on their training part; sounds stay as they are"
+    images = {m: Whitening.fit(x, eps) for m, x in self.train.inputs.items() if m not in self.signals}
+    if not images: raise ValueError(f"{self.name} has no images to whiten, only {' and '.join(self.modalities)}")
+    return replace(self, name=f"{self.name}_zca", normalisation={**self.normalisation, **images})
+
+@patch
+def restrict(self: RealData, modalities) -> "RealData":
+    "The same data with some of its modalities"
+    for m in modalities: choose("modality", m, self.modalities)
+    keep = lambda mapping: {m: mapping[m] for m in modalities if m in mapping}
+    parts = {p: Part(keep(getattr(self, p).inputs), getattr(self, p).labels) for p in PARTS}
+    return replace(self, normalisation=keep(self.normalisation), signals=keep(self.signals), **parts)
 
 # %% ../../nbs/data/02_real.ipynb #cell-019
 def check_data(real: RealData):

@@ -6,16 +6,14 @@
 __all__ = ['TASK_NAMES', 'DatasetEntry', 'dataset', 'entries', 'entry', 'data_root', 'load_data', 'list_data']
 
 # %% ../../nbs/data/03_registry.ipynb #3c385f44
-import importlib
 import inspect
 import os
-import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ..core.share import choose
+from ..core.share import choose, import_modules, refuse_taken
 
 # %% ../../nbs/data/03_registry.ipynb #a20125eb
 TASK_NAMES = ("classification", "retrieval")
@@ -48,9 +46,7 @@ def dataset(
     "Decorate the function that loads a data set, which registers it"
     choose("task", task, TASK_NAMES)
     def register(load):
-        other = _registry.get(name)
-        if other is not None and other.load.__name__ != load.__name__:
-            raise ValueError(f"the name {name!r} belongs to {other.load.__module__}.{other.load.__name__}; choose another")
+        if name in _registry: refuse_taken(name, load, _registry[name].load)
         _registry[name] = DatasetEntry(name, load, tuple(modalities), classes, sizes, source, where, task)
         return load
     return register
@@ -59,8 +55,7 @@ def dataset(
 def entries() -> dict[str, DatasetEntry]:
     "The registered data sets by name"
     import ddrepro.data.sets
-    for module in pkgutil.iter_modules(ddrepro.data.sets.__path__):
-        importlib.import_module(f"ddrepro.data.sets.{module.name}")
+    import_modules(ddrepro.data.sets)
     return _registry
 
 def entry(

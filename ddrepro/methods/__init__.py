@@ -8,15 +8,13 @@ __all__ = ['register', 'registered', 'get_method', 'method_class', 'check_datase
 
 # %% ../../nbs/methods/methods.ipynb #cell-003
 import difflib
-import importlib
 import inspect
-import pkgutil
 import re
 from dataclasses import fields
 
 import pandas as pd
 
-from ..core.share import choose
+from ..core.share import choose, import_modules, refuse_taken
 from ..data.registry import TASK_NAMES, entries
 from ..distill.method import Method
 
@@ -26,16 +24,14 @@ _methods = {}
 def register(cls):
     "Make a Method known by its `name`; ValueError where it has none of its own, or a method elsewhere has it"
     if "name" not in vars(cls): raise ValueError(f'{cls.__name__} needs a name of its own, such as name = "{cls.__name__.lower()}"')
-    other = _methods.get(cls.name)
-    if other is not None and other.__module__ != cls.__module__ and other.__name__ != cls.__name__:    # a chapter runs its own class
-        raise ValueError(f"the name {cls.name!r} of {cls.__name__} belongs to {other.__module__}.{other.__name__}; choose another")
+    refuse_taken(cls.name, cls, _methods.get(cls.name))
     _methods[cls.name] = cls
     return cls
 
 def registered() -> dict:
     "Name → class of every method, those of this package found by their modules"
     import ddrepro.methods as package
-    for module in pkgutil.iter_modules(package.__path__): importlib.import_module(f"{package.__name__}.{module.name}")
+    import_modules(package)
     return package._methods
 
 def get_method(

@@ -6,28 +6,23 @@
 __all__ = ['register_paper', 'all_papers', 'get_paper', 'published']
 
 # %% ../../nbs/papers/papers.ipynb #14266dd3
-import importlib
-import pkgutil
-
 import pandas as pd
 
-from ..core.share import choose, share_path
+from ..core.share import choose, import_modules, refuse_taken, share_path
 
 # %% ../../nbs/papers/papers.ipynb #5d8f651e
 _papers = {}
 
 def register_paper(paper):
     "Make a Paper known by its `name`; ValueError where another paper has it"
-    other = _papers.get(paper.name)
-    if other is not None and type(other).__name__ != type(paper).__name__:
-        raise ValueError(f"the name {paper.name!r} belongs to {type(other).__module__}.{type(other).__name__}; choose another")
+    if paper.name in _papers: refuse_taken(paper.name, type(paper), type(_papers[paper.name]))
     _papers[paper.name] = paper
     return paper
 
 def all_papers() -> dict:
     "Name → Paper of every paper, those of this package found by their modules"
     import ddrepro.papers as package
-    for module in pkgutil.iter_modules(package.__path__): importlib.import_module(f"{package.__name__}.{module.name}")
+    import_modules(package)
     return dict(sorted(package._papers.items()))
 
 def get_paper(name: str):
