@@ -15,9 +15,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..core.share import choose
+from ..core.values import scalar, whole_number
 from ..data.pairs import PairData
 from ..data.real import RealData
-from ..distill.method import check_kind
 from ..distill.moments import resolve_compute
 from .classification import LETTERS, evaluation_job, score, score_each, whole_job
 from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
@@ -162,9 +162,8 @@ def evaluate(
 ) -> pd.DataFrame:              # one row a network and measure
     "Score a distilled set: tidy rows with every single accuracy or recall"
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
-    for name, value in (("epochs", epochs), ("width", width)):
-        check_kind(name, value, int)
-        if value is not None and value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
+    if epochs is not None: epochs = whole_number("epochs", epochs, 1)
+    if width is not None: width = whole_number("width", width, 1)
     device = resolve_compute(device).device
     task = task_of(real)
     if distilled is not None and distilled.task != task.name:
@@ -182,10 +181,12 @@ def as_list(x) -> list:
 
 def evaluation_seeds(seeds) -> list:
     "How many evaluation networks, or which seeds, as a list; ValueError where there is none"
+    seeds = scalar(seeds)
     number = isinstance(seeds, Integral) and not isinstance(seeds, bool)
-    if not number and (isinstance(seeds, str) or not all(isinstance(k, Integral) for k in as_list(seeds))):
+    listed = [] if isinstance(seeds, str) else [scalar(k) for k in as_list(seeds)]
+    if not number and (isinstance(seeds, str) or not all(isinstance(k, Integral) for k in listed)):
         raise TypeError(f"seeds must be an integer, or a list of evaluation seeds, got {seeds!r}")
-    chosen = list(range(seeds) if number else seeds)
+    chosen = list(range(seeds) if number else map(int, listed))
     if not chosen: raise ValueError(f"seeds must be at least 1, or a list of evaluation seeds, got {seeds!r}")
     return chosen
 
