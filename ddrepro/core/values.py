@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'scalar', 'plain', 'as_kind', 'whole_number', 'number_between']
 
-# %% ../../nbs/core/09_values.ipynb #4e70e1fa
+# %% ../../nbs/core/09_values.ipynb #52538e50
 import json
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -14,7 +14,7 @@ from pathlib import PurePath
 import numpy as np
 import torch
 
-# %% ../../nbs/core/09_values.ipynb #4319c404
+# %% ../../nbs/core/09_values.ipynb #dcb34edf
 def scalar(value):
     "The Python number, truth value or text in a NumPy scalar or in an array or tensor without axes; anything else as it is"
     without_axes = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0
@@ -37,7 +37,7 @@ def plain(
     raise TypeError(f"{what} cannot be written as plain data: {value!r}, a {type(value).__name__}; "
                     "give numbers, texts, lists and dictionaries")
 
-# %% ../../nbs/core/09_values.ipynb #044ec006
+# %% ../../nbs/core/09_values.ipynb #b1503dcf
 KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), str: (str, "a text"), bool: (bool, "true or false")}
 
 
@@ -55,7 +55,7 @@ def as_kind(
         raise TypeError(f"{what} must be {words}, got {value!r}")
     return value
 
-# %% ../../nbs/core/09_values.ipynb #040c483a
+# %% ../../nbs/core/09_values.ipynb #117864bc
 def whole_number(
     what: str,  # the argument
     value,

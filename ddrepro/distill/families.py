@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.share import choose
-from ..data.augment import check_strategy
 from ..data.formation import ORDERS
+from ..data.real import check_strategy
 from .coresets import STARTS, initial
 from .mean_store import RealMeans
 from .method import STEP_RULES, Context, Diverged, Method
