@@ -17,11 +17,12 @@ from ..core.share import choose
 from ..data.formation import ORDERS
 from ..data.real import check_strategy
 from .coresets import STARTS, initial
+from .distilled import UnusableRate, guard_rates
 from .mean_store import RealMeans
 from .method import STEP_RULES, Context, Diverged, Method
 from .moments import Sampler, real_features, same, synthetic_features, synthetic_means
 from .sources import random_nets
-from .unroll import UnusableRate, guard_rates, trajectory_loss, unroll
+from .unroll import trajectory_loss, unroll
 from ..nets.experts import Segments
 from ..nets.networks import ConvNet, feature_width
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keyed_dropout', 'Spilled', 'Snapshots', 'unroll', 'UnrollTensors', 'StepGradient', 'UnrollPlan', 'check_replay',
-           'trajectory_loss', 'UnusableRate', 'guard_rates']
+           'trajectory_loss']
 
 # %% ../../nbs/distill/09_unroll.ipynb #cell-003
 import tempfile
@@ -201,17 +201,3 @@ def trajectory_loss(
                              "choose another segment")
         total = total + (arrived - target[name]).square().sum() / way
     return total
-
-# %% ../../nbs/distill/09_unroll.ipynb #cell-040
-class UnusableRate(ArithmeticError): "A learned rate is negative, NaN, or larger than allowed"
-
-def guard_rates(
-    rates: dict,           # name → learned rate
-    largest: float = 10.
-):
-    "Raise UnusableRate at a learned rate with which no student can be trained, and name it"
-    for name, rate in rates.items():
-        value = float(rate)
-        if not 0 <= value <= largest:
-            raise UnusableRate(f"the learned rate of the {name} became {value:.6g}; it must lie between 0 and "
-                               f"{largest:g}. Lower the rate it is learned with, or start it elsewhere")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'NETS_TOGETHER', 'score', 'rows_of', 'score_one', 'alike', 'groups_of', 'score_each', 'job_bytes',
-           'evaluation_job', 'whole_job', 'scored_inputs', 'scoring_side', 'with_learned_rates', 'equal_steps_epochs',
-           'stretched']
+           'numbered_as', 'some_of', 'check_space', 'evaluation_job', 'whole_job', 'scored_inputs', 'scoring_side',
+           'with_learned_rates', 'equal_steps_epochs', 'stretched']
 
 # %% ../../nbs/evaluate/01_classification.ipynb #cell-003
 from dataclasses import replace
@@ -17,7 +17,7 @@ import torch
 from ..core.share import choose
 from ..core.workers import side_by_side
 from ..data.real import PARTS
-from ..distill.unroll import guard_rates
+from ..distill.distilled import guard_rates
 from ..nets.networks import FUSIONS, NETS, spec_for
 from ..nets.training import Recipe, accuracies, get_recipe, new_net, train, train_together
 
@@ -94,6 +94,41 @@ def score_each(jobs: list, device: str = "cpu"):
 
 def job_bytes(job: dict) -> int: return sum(x.nbytes for side in (job["inputs"], job["test_inputs"]) for x in side.values())
 
+# %% ../../nbs/evaluate/01_classification.ipynb #cb9ffca0
+def numbered_as(distilled, real):
+    "The set with the labels that these data give its classes, which are known by name; ValueError where they are others"
+    names, theirs = tuple(distilled.classes), tuple(real.classes)
+    if len(names) != len(theirs):
+        raise ValueError(f"the set was distilled from data of {len(names)} classes, and {real.name} has {len(theirs)}")
+    if len(distilled.labels) != len(theirs):
+        raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(theirs)} classes; merge its shards first")
+    if names == theirs: return distilled
+    if unknown := sorted(set(names) - set(theirs)):
+        lacking = sorted(set(theirs) - set(names))
+        raise ValueError(f"classes of the distilled set are not those of {real.name}: only the set has {some_of(unknown)}, only the data "
+                         f"have {some_of(lacking)}. If they mean the same, dataclasses.replace(distilled, classes=…) renames them, in order")
+    return replace(distilled, classes=theirs, labels=tuple(theirs.index(names[label]) for label in distilled.labels))
+
+def some_of(names: list, most: int = 4) -> str:
+    "The first few names, quoted"
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+def check_space(distilled, real):
+    "Raise ValueError where samples of the set and of the data differ in modality, size, constants or signal"
+    if set(distilled.tensors) - set(real.modalities):
+        raise ValueError(f"the distilled set has {list(distilled.tensors)}, {real.name} has {list(real.modalities)}")
+    for m, x in distilled.tensors.items():
+        if tuple(x.shape[2:]) != real.shapes[m]:
+            size = " and ".join("×".join(map(str, shape)) for shape in (x.shape[2:], real.shapes[m]))
+            raise ValueError(f"a distilled {m} and one of {real.name} have unlike sizes, {size}; bring the data to the size of the set")
+        if distilled.normalisation[m] != real.normalisation[m]:
+            raise ValueError(f"the distilled {m} is normalised by {distilled.normalisation[m]}, {real.name} by {real.normalisation[m]}; "
+                             f"give the data the set's constants: dataclasses.replace(real, normalisation=distilled.normalisation)")
+        signals = distilled.signals.get(m), real.signals.get(m)
+        if signals[0] != signals[1]:
+            raise ValueError(f"the distilled {m} was made as {signals[0]}, that of {real.name} as {signals[1]}; "
+                             "read the sounds as the set has them")
+
 # %% ../../nbs/evaluate/01_classification.ipynb #cell-009
 def evaluation_job(
     distilled, real,                          # DistilledData, RealData
@@ -102,15 +137,8 @@ def evaluation_job(
     net: str = "convnet"                      # kind of the evaluation networks
 ) -> dict:                                    # add seeds=[(distillation seed, evaluation seed)]
     "Everything `score` needs but the seeds"
-    if set(distilled.tensors) - set(real.modalities):
-        raise ValueError(f"the distilled set has {list(distilled.tensors)}, {real.name} has {list(real.modalities)}")
-    if tuple(distilled.classes) != tuple(real.classes) and len(distilled.classes) != len(real.classes):
-        raise ValueError(f"the set was distilled from data of {len(distilled.classes)} classes, and {real.name} has {len(real.classes)}")
-    if len(distilled.labels) != len(real.classes):
-        raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(real.classes)} classes; merge its shards first")
-    for m, n in distilled.normalisation.items():
-        if n != real.normalisation[m]:
-            raise ValueError(f"the distilled {m} is normalised by {n}, {real.name} by {real.normalisation[m]}")
+    distilled = numbered_as(distilled, real)
+    check_space(distilled, real)
     recipe = with_learned_rates(recipe, distilled.card.get("rates", {}), fusion)
     inputs, labels = distilled.decoded()
     return dict(inputs=inputs, labels=labels, **scoring_side(real, part, inputs, recipe, width, fusion, epochs, net))
@@ -128,6 +156,7 @@ def scored_inputs(real, part: str, modalities: tuple) -> dict:
 def scoring_side(real, part: str, inputs: dict, recipe, width: int, fusion: str, epochs: int, net: str) -> dict:
     "What a job holds besides its training samples `inputs`"
     for name, value, allowed in (("part", part, PARTS), ("fusion", fusion, FUSIONS), ("net", net, NETS)): choose(name, value, allowed)
+    if not len(getattr(real, part)): raise ValueError(f"{part} of {real.name} is empty: there is nothing to score on")
     modalities = tuple(inputs)
     return dict(test_inputs=scored_inputs(real, part, modalities), test_labels=getattr(real, part).labels,
                 classes=len(real.classes), specs={m: spec_for(real.shapes[m], width, net) for m in modalities},

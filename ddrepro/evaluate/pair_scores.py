@@ -16,8 +16,7 @@ from ..core.share import choose
 from ..core.workers import side_by_side
 from ..data.pairs import PairData
 from ..data.real import PARTS
-from ..distill.distilled import DistilledData
-from ..distill.unroll import guard_rates
+from ..distill.distilled import DistilledData, guard_rates
 from .retrieval import retrieval_scores
 from ..nets.dual import DualNet, DualSpec, caption_embeddings, dual_net, pair_features
 from ..nets.pair_training import PairRecipe, train_pairs
@@ -57,7 +56,7 @@ def pair_job(
     check_pair_request(real, part, epochs)
     if distilled is None: training = real_pairs(real, spec, store)
     else:
-        check_pair_set(distilled, real, spec)
+        check_pair_set(distilled, real, spec, part)
         inputs, _ = distilled.decoded()
         training = dict(images=inputs["image"], texts=inputs["text"], image_of=None, normalise=None,
                         rates=rates_of(distilled.card, recipe))
@@ -79,7 +78,10 @@ def check_pair_request(real, part: str, epochs):
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 0):
         raise ValueError(f"epochs must be an integer of at least 0, got {epochs!r}")
 
-def check_pair_set(distilled: DistilledData, real: PairData, spec: DualSpec):
+def check_pair_set(
+    distilled: DistilledData, real: PairData, spec: DualSpec,
+    part: str   # that is scored on
+):
     "Raise ValueError where a distilled set is not of pairs, or not of these data's space"
     made_of = distilled.card.get("data")
     if spec.text == "tfidf" and made_of not in (None, real.fingerprint):
@@ -88,6 +90,15 @@ def check_pair_set(distilled: DistilledData, real: PairData, spec: DualSpec):
                          "so its texts mean something else there: evaluate on the data it was made of")
     if set(distilled.tensors) != {"image", "text"}:
         raise ValueError(f"a set of pairs has image and text, this one has {' and '.join(distilled.tensors)}")
+    shapes = [tuple(x.shape[1:]) for x in (distilled.tensors["image"], getattr(real, part).images)]
+    if shapes[0] != shapes[1]:
+        size = " and ".join("×".join(map(str, shape)) for shape in shapes)
+        raise ValueError(f"a distilled image and one of {real.name} have unlike sizes, {size}; load the data at the size of the set")
+    method = distilled.card.get("method")
+    made_with = method.get("text") if isinstance(method, dict) else None
+    if made_with not in (None, spec.text):
+        raise ValueError(f"the texts of the set are embedded by {made_with!r}, {spec.text!r} is asked for: "
+                         "evaluate with the text encoder they were made with")
     for m, n in distilled.normalisation.items():
         if n != real.normalisation[m]:
             raise ValueError(f"the distilled {m} is normalised by {n}, {real.name} by {real.normalisation[m]}")
