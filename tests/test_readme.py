@@ -7,7 +7,9 @@ import pytest
 from ddrepro.core.share import project_root
 from ddrepro.evaluate.statistics import compare
 from ddrepro.evaluate.tasks import summarise
-from ddrepro.papers.avdd import MTT_CLAIMS
+from ddrepro.papers.avdd import AVDD_CLAIMS, MTT_CLAIMS
+from ddrepro.papers.dsdm import claims_of_one
+from ddrepro.papers.plan import compared
 from ddrepro.papers.vldd import VL_CLAIMS, recall_claims
 from ddrepro.report.recall_tables import RECALLS
 
@@ -113,3 +115,30 @@ def test_vl_differences():
         for m, text in zip(("TR R@1", "IR R@1"), cells):
             r = claims.loc[(*pair.split(" − "), m)]
             assert text == f"{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}] {r.verdict}", (pair, m)
+
+
+def difference(r) -> str: return f"{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}] {r.verdict}"
+
+
+def test_avdd_differences():
+    _, rows = next((h, r) for h, r in readme_tables() if h == ["comparison", "IPC 1", "IPC 10"])
+    assert len(rows) == len(AVDD_CLAIMS)
+    for i, ipc in enumerate((1, 10)):
+        claims = compared(pd.read_csv(ROOT / f"reports/avdd_digits_av_ipc{ipc}.csv"), AVDD_CLAIMS, "AV")
+        margins = ["" if pd.isna(margin) else f", within {margin:g}" for margin in claims.margin]
+        expected = [f"{a} − {b}{margin}" for a, b, margin in zip(claims.a, claims.b, margins)]
+        assert [row[0] for row in rows] == expected
+        assert [row[1 + i] for row in rows] == [difference(r) for r in claims.itertuples()]
+
+
+def test_dsdm_differences():
+    head, rows = next((h, r) for h, r in readme_tables() if h[0] == "comparison" and "mnist, IPC 10" in h)
+    checked = 0
+    for i, column in enumerate(head[1:], 1):
+        name, ipc = re.fullmatch(r"(\w+), IPC (\d+)", column).groups()
+        kept = pd.read_csv(ROOT / f"reports/{DSDM_FILES[name]}.csv")
+        kept = kept[(kept.place == ("Table 2" if name == "fsdd" else "Table 1")) & (kept.dataset == name) & (kept.ipc == int(ipc))]
+        claims = {f"{r.a} − {r.b}": difference(r) for r in claims_of_one(kept).itertuples()}
+        for row in rows: assert row[i] == claims.get(row[0], "–"), (row[0], column)
+        checked += len(claims)
+    assert checked == 22

@@ -28,7 +28,7 @@ from ddrepro.evaluate.experiment import (
     runs_folder,
     settled,
 )
-from ..evaluate.statistics import compare
+from ..evaluate.statistics import Claim, compare
 from ..evaluate.tasks import task_of
 from . import published
 
@@ -251,10 +251,11 @@ def facts_table(facts: dict):
 
 def compared(
     rows: pd.DataFrame,
-    claims,               # pairs (a, b): a is better than b
+    claims,               # of `statistics.Claim`, or pairs (a, b): a is better than b
     modality              # in which one, or in each of several
 ) -> pd.DataFrame:
-    "Every claim that the rows allow, corrected together; empty where there is none"
+    "Every claim that the rows allow, corrected together with those that they do not; empty where there is none"
     there = set(rows.row) if len(rows) else set()
-    possible = [(a, b) for a, b in claims if {a, b} <= there]
-    return compare(rows, possible, modality) if possible else pd.DataFrame()
+    claims = [Claim(*claim) for claim in claims]
+    possible = [claim for claim in claims if {claim.a, claim.b} <= there]
+    return compare(rows, possible, modality, family=len(claims)) if possible else pd.DataFrame()

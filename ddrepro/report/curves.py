@@ -193,13 +193,15 @@ def difference_plot(
     comparisons: pd.DataFrame,  # a, b, difference, low, high, verdict, as `ddrepro.evaluate.statistics.compare` makes them
     of: str = "accuracy"        # what differs
 ) -> plt.Figure:
-    "Forest plot of paired differences with their intervals and verdicts; no interval where there is a single seed"
+    "Forest plot of paired differences with intervals, verdicts, and a grey band where a margin is claimed; no interval where there is a single seed"
     several = "modality" in comparisons and comparisons.modality.nunique() > 1
     with new_figure(figsize=(7, .9 + .4 * len(comparisons))) as (fig, axes):
         ax = axes[0, 0]
         ax.axvline(0, color="0.7", lw=1, zorder=0)
         for y, r in enumerate(comparisons.itertuples()):
             colour = VERDICTS[r.verdict]
+            margin = getattr(r, "margin", None)
+            if not pd.isna(margin): ax.plot([-margin, margin], [y, y], color="0.9", lw=10, zorder=0, solid_capstyle="butt")
             if np.isfinite(r.low) and np.isfinite(r.high): ax.plot([r.low, r.high], [y, y], color=colour, lw=2)
             ax.plot(r.difference, y, "o", color=colour, ms=6)
             ax.text(1.02, y, r.verdict, transform=ax.get_yaxis_transform(), va="center", color="0.2", fontsize=9)

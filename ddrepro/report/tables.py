@@ -267,15 +267,15 @@ def results_table(
 # %% ../../nbs/report/03_tables.ipynb #8615b1f5
 def p_value(p: float) -> str:
     "A p-value for a table"
-    return "<0.001" if p < .0005 else f"{p:.3f}"
+    return "<0.001" if p < .001 else f"{p:.3f}"
 
 def difference_table(
-    comparisons: pd.DataFrame   # a, b, difference, low, high, p_holm, seeds, verdict, modality, as `compare` makes them
+    comparisons: pd.DataFrame   # a, b, claim, difference, low, high, p_holm, seeds, verdict, modality, as `compare` makes them
 ):
     "Paired differences as a styled frame for display; names the modality where there are several"
     interval = [f"[{r.low:+.2f}, {r.high:+.2f}]" if r.seeds > 1 else "one seed" for r in comparisons.itertuples()]
     several = ["modality"] if comparisons.modality.nunique() > 1 else []
-    columns = ["a", "b", *several, "difference", "interval", "p_holm", "seeds", "verdict"]
+    columns = ["claim", *several, "difference", "interval", "p_holm", "seeds", "verdict"]
     shown = comparisons.assign(interval=interval)[columns].rename(columns={"p_holm": "p (Holm)", "modality": "in"})
     formats = {"difference": "{:+.2f}", "p (Holm)": p_value}
     return shown.style.format(formats, na_rep="–").hide(axis="index")
