@@ -40,8 +40,9 @@ def do(job):
     experiments = [Experiment(method, seed, recipe, eval_seeds=3) for seed in (0, 1)]
     while not Path(job["go"]).exists(): time.sleep(.001)      # all children at once
     compute = eager | dict(checkpoint_every=0.)
-    if job.get("alone"): distill(method, real, folder=job["runs"], store=job["store"], progress=False, **compute).save(job["result"])
-    else: run_all(experiments, real, runs=job["runs"], store=job["store"], compute=compute, progress=False).to_csv(job["result"])
+    where = dict(store=job["store"], progress=False)
+    if job.get("alone"): distill(method, real, folder=job["runs"], **where, **compute).save(job["result"])
+    else: run_all(experiments, real, runs=job["runs"], compute=compute, **where).to_csv(job["result"])
 '''
 
 
@@ -50,9 +51,15 @@ def warm():
     with Warm(RUN) as process: yield process
 
 
+def jobs_of(place, count, **options) -> list:
+    "Jobs that share runs and store"
+    shared = {name: place / name for name in ("runs", "store", "go")}
+    return [job_in(place / str(i), **shared, **options) for i in range(count)]
+
+
 def together(warm, place, count, **options) -> list:
     "Start so many processes at one moment and wait for all; their jobs"
-    jobs = [job_in(place / str(i), runs=place / "runs", store=place / "store", go=place / "go", **options) for i in range(count)]
+    jobs = jobs_of(place, count, **options)
     children = [warm.start(job) for job in jobs]
     (place / "go").touch()
     for job, child in zip(jobs, children): assert warm.wait(child) == 0, said(job)
@@ -91,7 +98,7 @@ def test_two_distillations_into_one_folder(warm, tmp_path):
 
 
 def test_a_killed_owner_holds_nothing(warm, tmp_path):
-    jobs = [job_in(tmp_path / str(i), runs=tmp_path / "runs", store=tmp_path / "store", go=tmp_path / "go", pairs=False) for i in (0, 1)]
+    jobs = jobs_of(tmp_path, 2, pairs=False)
     first = warm.start(jobs[0])
     (tmp_path / "go").touch()
     while not list((tmp_path / "runs").glob("*/checkpoint-*")): assert warm.ask(status=first) is None, said(jobs[0])

@@ -6,7 +6,6 @@
 __all__ = ['KINDS', 'scalar', 'plain', 'as_kind', 'whole_number', 'number_between']
 
 # %% ../../nbs/core/09_values.ipynb #52538e50
-import json
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import PurePath

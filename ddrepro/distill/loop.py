@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..core.definitions import top_package
 from ..core.files import DamagedFile, load_tensors, make_folder, save_tensors
 from ..core.provenance import store_code
+from ..core.values import whole_number
 from .distilled import DistilledData
 from .method import Context, Diverged, Method
 from .moments import Compute, resolve_compute
@@ -98,6 +99,7 @@ def distill(
 ) -> DistilledData:
     "Distil `real` by `method`; a killed run with the same `folder` goes on where its last checkpoint was"
     if not isinstance(method, Method): raise TypeError(f"method must be a Method, such as get_method('dm'); got {method!r}")
+    seed = whole_number("seed", seed)
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     method.check(real)
     classes = check_classes(method, real, classes)
