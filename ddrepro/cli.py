@@ -161,14 +161,15 @@ def doctor() -> list:   # of (what, how it is), texts
     "Versions, device, threads, precision, compiler, data, store"
     import torch
 
+    from ddrepro.core.compilers import compiler_lacks
     from ddrepro.data.registry import data_root, list_data
-    from ddrepro.distill.moments import has_bfloat16, has_compiler, resolve_compute
+    from ddrepro.distill.moments import has_bfloat16, resolve_compute
     from ddrepro.evaluate.experiment import environment, runs_folder, store_folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = sum(f.stat().st_size for f in store_folder().rglob("*") if f.is_file()) if store_folder().exists() else 0
     lines = [*environment().items(), ("device", device), ("threads", torch.get_num_threads()),
              ("bfloat16", "native" if has_bfloat16(device) else "not native"),
-             ("compiler", "there" if has_compiler(device) else "none: torch.compile is not used"),
+             ("compiler", f"torch.compile is not used: {why}" if (why := compiler_lacks(device)) else "there"),
              ("a long run computes with", resolve_compute()),
              ("DDREPRO_DATA", os.environ.get("DDREPRO_DATA") or f"not set; looking in {data_root()}")]
     lines += [(f"data {r.name}", r.found) for r in list_data().itertuples()]

@@ -213,6 +213,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     file = tmp_path / "flickr30k" / "dataset_flickr30k.json"
     file.write_text("{")
     with pytest.raises(DamagedFile, match="not valid JSON"): load_data("flickr30k", root=tmp_path)
+    file.write_text("[" * 100_000)
+    with pytest.raises(DamagedFile, match="dataset_flickr30k.json is not valid JSON"): load_data("flickr30k", root=tmp_path)
     file.write_text("[1, 2]")
     with pytest.raises(DamagedFile, match="holds no list 'images'"): load_data("flickr30k", root=tmp_path)
 
@@ -292,6 +294,101 @@ def test_tables_that_are_none(tmp_path, table):
     with pytest.raises(DamagedFile, match="not UTF-8"): load_data("caption_csv", file=foreign)
 
 
+# Quotation marks. Rows 3 and 7 of ten are given, in lines 5 and 9; a word of a message stands for its sentence
+
+def quoted(third, seventh="Picture 7", head="image,caption", row="photos/{}.png,{}"):
+    captions = [f"Picture {i}" for i in range(10)]
+    captions[3], captions[7] = third, seventh
+    return "\n".join([head, *(row.format(i, caption) for i, caption in enumerate(captions))]) + "\n"
+
+
+@pytest.mark.parametrize("third, expected", [
+    ('A 5" spot', 'A 5" spot'),
+    ('"A 5"" spot"', 'A 5" spot'),
+    ('"A ""red"" spot, large"', 'A "red" spot, large'),
+    ('"Two lines,\nthe second short"', "Two lines,\nthe second short"),
+    ('"A blank line\n\nand a ""word"", then\r\nmore"', 'A blank line\n\nand a "word", then\r\nmore'),
+    ('"Like photos/4.png, only\nlarger, and redder"', "Like photos/4.png, only\nlarger, and redder"),
+    ("'A spot'", "'A spot'"),
+    ("“A spot”", "“A spot”"),
+])
+def test_quoted_captions_are_kept_whole(third, expected, table, tmp_path):
+    table([])
+    (tmp_path / "table.csv").write_bytes(quoted(third).encode())
+    real = load_data("caption_csv", file=tmp_path / "table.csv", size=16)
+    captions = [own for p in PARTS for own in getattr(real, p).captions]
+    assert len(captions) == 10 and [expected] in captions
+
+
+@pytest.mark.parametrize("third, seventh, message", [
+    ('"A spot, large', "Picture 7", "line 5 opens a quotation mark that is never closed"),
+    ('"A spot', '"Picture 7', "line 5 opens a quotation mark that is closed in line 9, where text follows it"),
+    ('"A spot', 'Picture 7"', r"line 5 opens a quotation mark that swallows line 6 \(photos/4.png"),
+    ('"A spot', '"Picture 7"', "line 5 opens a quotation mark that is closed in line 9"),
+    ('"A spot', '""', "line 5 opens a quotation mark that is never closed"),
+    ('"A spot" is large', "Picture 7", "line 5 has text behind a closing quotation mark"),
+    ('"A spot"s', "Picture 7", "line 5 has text behind a closing quotation mark"),
+    (r'"A \"red\" spot, large"', "Picture 7", 'line 5 has marks behind a backslash: write ""'),
+    (r'"A spot \""', "Picture 7", 'line 5 has marks behind a backslash: write ""'),
+    ("Picture 3", '"' + "A spot\n" * 30_000, "line 9 opens a quotation mark that is never closed"),
+    (' "A spot, large"', "Picture 7", "line 5 has more fields .* without a blank before the opening one"),
+    ("“A spot, large”", "Picture 7", "line 5 has more fields than the first line"),
+])
+def test_quotation_marks_that_do_not_match_are_refused_with_their_line(third, seventh, message, table, tmp_path):
+    table([])
+    (tmp_path / "table.csv").write_text(quoted(third, seventh))
+    with pytest.raises(ValueError, match=f"table.csv, {message}"): load_data("caption_csv", file=tmp_path / "table.csv")
+
+
+def test_marks_are_refused_whatever_the_order_of_columns(table, tmp_path):
+    table([])
+    for head, row in (("caption,image", "{1},photos/{0}.png"), ("id,caption,image", "{0},{1},photos/{0}.png")):
+        (tmp_path / "table.csv").write_text(quoted('"Two\nlines"', head=head, row=row))
+        assert len(load_data("caption_csv", file=tmp_path / "table.csv", size=16).train) == 8
+        lines = quoted('"A spot', head=head, row=row).splitlines()
+        lines[5] = lines[5].replace("4,photos", '4",photos')
+        (tmp_path / "table.csv").write_text("\n".join(lines))
+        with pytest.raises(DamagedFile, match="table.csv, line 5 opens a quotation mark that swallows line 5"):
+            load_data("caption_csv", file=tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("\n", "\r\n"),
+    lambda text: text.replace("\n", "\r"),
+    lambda text: text.replace("\n", "\n\n"),
+    lambda text: "\n\n" + text,
+    lambda text: text + ",\n , \n\n",
+    lambda text: text.rstrip("\n"),
+    lambda text: "\ufeff" + text,
+])
+def test_line_ends_and_empty_lines_make_no_difference(change, table, tmp_path):
+    file = table(GOOD)
+    before = load_data("caption_csv", file=file, size=16).fingerprint
+    file.write_bytes(change(file.read_bytes().decode().replace("\r\n", "\n")).encode())
+    assert load_data("caption_csv", file=file, size=16).fingerprint == before
+
+
+@pytest.mark.parametrize("content, message", [
+    (quoted("größer").encode("utf-16"), "is not UTF-8 text, but UTF-16 text; save it as CSV in UTF-8"),
+    (quoted("größer").encode("utf-16-le"), "but UTF-16 text"),
+    (quoted("größer").encode("utf-16-be"), "but UTF-16 text"),
+    (quoted("größer").encode("utf-32"), "but UTF-32 text"),
+    (quoted("größer").encode("cp1252"), "line 5 is not UTF-8 text; in Windows-1252 it would read 'photos/3.png,größer'.*iconv"),
+    (quoted("犬が走る").encode("shift-jis"), "line 5 is not UTF-8 text"),
+    (quoted("A\0spot").encode(), "line 5 holds a NUL byte"),
+    (b"PK\x03\x04" + bytes(range(1, 99)), "a zip file, such as a workbook of Excel"),
+    (b"\x1f\x8b" + bytes(range(1, 99)), "a gzip file"),
+    (b"image,caption\n", "table.csv has no row below its first line"),
+    (b"\n \n", "table.csv is empty: its first line must name its columns"),
+    (b"image,caption,caption\n1.png,a,b\n", "table.csv: 2 columns are named 'caption' in its first line"),
+    (b'image,"caption\n1.png,a\n', "table.csv, line 1 opens a quotation mark that is never closed"),
+])
+def test_other_texts_are_refused_by_what_they_are(content, message, tmp_path):
+    (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused: load_data("caption_csv", file=tmp_path / "table.csv")
+    assert "table.csv" in str(refused.value)
+
+
 @pytest.mark.parametrize("sign, word", [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
 def test_other_separators_are_named(sign, word, tmp_path):
     (tmp_path / "table.csv").write_text(f"image{sign}caption\n1.png{sign}A cat, asleep.\n")
@@ -312,6 +409,7 @@ def test_other_separators_are_named(sign, word, tmp_path):
     (dict(validation=.5, test=.5), "must leave pictures to train on, got 0.5 and 0.5"),
     (dict(constants="Clip"), "constants must be one of 'clip', 'own'; got 'Clip'; the nearest is 'clip'"),
     (dict(seed=.5), "seed must be a whole number, got 0.5"),
+    (dict(name="a/b"), "name must be without slashes"),
     (dict(name=7), "name must be a word or more, got 7")])
 def test_wrong_options_are_refused_before_anything_is_read(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -7,12 +7,14 @@ from itertools import product
 
 import pytest
 import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ddrepro.core.files import DamagedFile
-from ddrepro.core.seeding import isolated_rng, keyed_normal
+from ddrepro.core.seeding import isolated_rng, key_bits, keyed_normal
 from ddrepro.nets.contrastive import contrastive_loss
 from ddrepro.nets.encoders import TextProjection, dropout_mask, image_encoder, text_projection, trainable
-from ddrepro.nets.text_encoders import PretrainedText, TfidfText, pretrained_text, text_encoder
+from ddrepro.nets.text_encoders import PretrainedText, TfidfText, pretrained_text, text_encoder, unknown_share
 
 has_extra = all(map(find_spec, ("timm", "peft", "transformers")))
 with_extra = pytest.mark.skipif(not has_extra, reason="needs ddrepro[encoders]")
@@ -172,6 +174,45 @@ def test_tfidf_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DamagedFile): TfidfText.load(path)
     with pytest.raises(ValueError, match="dim must be below the 10 words"): TfidfText.fit(CAPTIONS, dim=10)
+
+
+# whoever, whatever they do: sentences of languages without blanks
+SENTENCES = {
+    "Chinese": (("小狗", "花猫", "孩子", "老人"), ("在草地上奔跑", "在床上睡觉", "在河边吃东西")),
+    "Japanese": (("子犬が", "三毛猫が", "子供が", "老人が"), ("草原を走る", "ベッドで眠る", "川辺で食べる")),
+    "Thai": (("สุนัข", "แมวลาย", "เด็กชาย", "คนแก่"), ("วิ่งบนหญ้า", "นอนบนเตียง", "กินข้าวริมน้ำ")),
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_languages_without_blanks_are_told_by_characters(language):
+    who, does = SENTENCES[language]
+    captions = [a + b for a in who for b in does]
+    for held in range(len(captions)):
+        others = captions[:held] + captions[held + 1:]
+        assert unknown_share([captions[held]], others, "tfidf_char") == 0
+        if language != "Thai": assert unknown_share([captions[held]], others) == 1      # Thai's vowel signs part words
+        vectors = text_encoder("tfidf_char", others, dim=6)
+        near = torch.cosine_similarity(vectors.encode([captions[held]]), vectors.encode(others))
+        best = others[near.argmax()]
+        assert best.startswith(who[held // 3]) or best.endswith(does[held % 3])
+
+
+def test_captions_of_single_characters():
+    with pytest.raises(ValueError, match="no word of two letters or more .* 'tfidf_char' counts single characters"):
+        text_encoder("tfidf", ["狗 跑", "猫 跑", "鸟 跳"], dim=1)
+    assert text_encoder("tfidf_char", ["狗 跑", "猫 跑", "鸟 跳"], dim=1).encode(["狗 跳"]).abs().max() > 0
+    with pytest.raises(ValueError, match="name must be one of 'tfidf', 'tfidf_char', 'bert', 'clip', 'sentence'"):
+        text_encoder("tfidf_chars", ["a"])
+
+
+def test_the_words_of_english_are_what_they_were():
+    "No number of `tfidf` changed: by scikit-learn alone"
+    rows = TfidfVectorizer().fit_transform(CAPTIONS)
+    svd = TruncatedSVD(6, n_iter=7, random_state=key_bits(3, "encoders/tfidf") % 2**32)
+    expected = svd.fit_transform(rows)
+    ours = text_encoder("tfidf", CAPTIONS, dim=6, seed=3).encode(CAPTIONS).double().numpy()
+    assert abs(ours * abs(expected).max() / abs(ours).max() - expected).max() < 1e-6
 
 
 def test_projection_modes():

@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from torchvision.transforms import functional
 import ddrepro.data.sets.image_sets as chapter
 from ddrepro.core.files import DamagedFile
 from ddrepro.core.seeding import keyed
+from ddrepro.data.folder_walk import PICTURE_SUFFIXES
 from ddrepro.data.pictures import read_image
 from ddrepro.data.real import DIGITS, FULL
 from ddrepro.data.registry import list_data, load_data
-from ddrepro.data.sets.folders import IMAGES, image_folder, median_size
+from ddrepro.data.sets.folders import image_folder, median_size
 from helpers import idx, served
 
 # shape, sizes, classes, constants and augmentation as the papers have them
@@ -387,9 +389,10 @@ def write_folder(root, classes=("ant", "bee"), n=5, size=(24, 16), suffix=".png"
     return root
 
 
-@pytest.mark.parametrize("suffix", [*IMAGES, ".PNG", ".Jpg"])
+@pytest.mark.parametrize("suffix", [*PICTURE_SUFFIXES, ".PNG", ".Jpg"])
 def test_every_kind_of_file_is_read(tmp_path, suffix):
-    real = image_folder(write_folder(tmp_path / "insects", suffix=suffix))
+    mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+    real = image_folder(write_folder(tmp_path / "insects", suffix=suffix, mode=mode))
     assert real.name == "insects" and real.classes == ("ant", "bee") and real.shapes == {"image": (3, 16, 16)}
     assert [p.labels.tolist() for p in (real.train, real.validation, real.test)] == [[0] * 3 + [1] * 3, [0, 1], [0, 1]]
     assert str(tmp_path) not in str(real.about) and not real.about["published"]
@@ -487,11 +490,15 @@ def test_given_parts_are_kept(tmp_path):
 
 def test_what_is_no_picture_is_left_alone(tmp_path):
     before = image_folder(write_folder(tmp_path)).fingerprint
-    for name in (".DS_Store", "ant/Thumbs.db", "ant/.hidden.png", "notes.txt", "ant/notes.txt"):
+    for name in (".DS_Store", "ant/Thumbs.db", "ant/.hidden.png", "notes.txt", "ant/README.txt"):
         (tmp_path / name).write_text("no picture")
-    write_folder(tmp_path / "ant/more")
     write_folder(tmp_path, classes=(".cache",))
-    assert image_folder(tmp_path).fingerprint == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        real = image_folder(tmp_path)
+    assert real.fingerprint == before
+    counts = "read 10 pictures, left out 6: 3 hidden, 1 .txt beside the folders, 2 of bookkeeping;"
+    assert real.about["remark"].startswith(counts)
 
 
 def broken(folder):
@@ -523,8 +530,8 @@ def alone(folder): shutil.rmtree(folder / "ant")
 
 @pytest.mark.parametrize("damage, error, words", [
     (missing, FileNotFoundError, r"folder must name a folder .*insects"),
-    (unclassed, ValueError, r"insects must hold a folder for each of two classes.*none"),
-    (empty, ValueError, r"class folder .*cow is empty.*\.png"),
+    (unclassed, ValueError, r"insects must hold a folder for each of two classes.*none and 10 .png beside"),
+    (empty, ValueError, r"class folder .*cow is empty.*\.png.*fill it or take it away"),
     (broken, DamagedFile, r"bee.3\.png cannot be read as an image"),
     (foreign, DamagedFile, r"bee.3\.png cannot be read as an image"),
     (few, ValueError, r"insects has too few files of bee \(2\): .* at least 3"),
@@ -539,12 +546,25 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, damage, error, words, si
 
 @pytest.mark.parametrize("option, words", [
     (dict(channels=2), "channels must be one of 1, 3"),
-    (dict(size=0), "size must be at least 8"),
-    (dict(validation=0), "validation must lie"),
-    (dict(test=1.5), "test must lie"),
+    (dict(channels="RGB"), "channels must be one of 1, 3; got 'RGB'"),
+    (dict(channels=True), "channels must be one of 1, 3; got True"),
+    (dict(size=0), "size must be a whole number of pixels, at least 8, got 0"),
+    (dict(size=(32, 32)), r"size must be .*, got \(32, 32\)"),
+    (dict(size="32"), "size must be .*, got '32'"),
+    (dict(size=20.5), "size must be .*, got 20.5"),
+    (dict(validation=0), "validation must be a number between 0 and 1, got 0"),
+    (dict(test=1.5), "test must be a number between 0 and 1, got 1.5"),
+    (dict(test="0.2"), "test must be .*, got '0.2'"),
+    (dict(seed="a"), "seed must be a whole number, got 'a'"),
+    (dict(strategy="color_crops"), "strategy='color_crops': .* the nearest is 'crop'"),
+    (dict(strategy="none"), "strategy='none': .*; '' is no augmentation"),
+    (dict(strategy=3), "strategy must be a text or None, got 3"),
+    (dict(name="cifar10"), "name must not be that of a registered data set"),
+    (dict(name="a/b"), "name must be without slashes"),
+    (dict(val_as="train"), "val_as must be one of None, 'validation', 'test'; got 'train'"),
 ])
-def test_wrong_options_of_a_folder_are_named(tmp_path, option, words):
-    with pytest.raises(ValueError, match=words): image_folder(write_folder(tmp_path), **option)
+def test_wrong_options_of_a_folder_are_named_before_it_is_read(tmp_path, option, words):
+    with pytest.raises(ValueError, match=words): image_folder(tmp_path, **option)
 
 
 def test_every_byte_of_a_picture_may_be_damaged(tmp_path):

@@ -241,6 +241,18 @@ def test_experiments_on_pairs_read_what_is_there(real, tmp_path):
     assert second.accuracy.tolist() == first.accuracy.tolist()
 
 
+def test_texts_of_characters_are_distilled_and_scored(real, tmp_path):
+    "From the method's field to the recalls; a set of them belongs to the captions it was fitted on"
+    method = get_method("vldd", **QUICK | dict(text="tfidf_char", experts=1))
+    rows = run_all([Experiment(method, seed=0, recipe=replace(PAIRS_RECIPE, epochs=1), eval_seeds=1)], real,
+                   runs=tmp_path, store=tmp_path / "store", progress=False)
+    assert len(rows) == 6 and rows.accuracy.between(0, 100).all()
+    made = distill(method, real, seed=0, compute=EXACT, store=tmp_path / "store", progress=False)
+    assert made.tensors["text"].shape == (6, 6)
+    with pytest.raises(ValueError, match="embedded by a TF-IDF that was fitted on the captions of"):
+        pair_job(made, replace(real, max_words=2), PAIRS_RECIPE, "test", method.dual)
+
+
 # LoRA
 
 @pytest.mark.skipif(not find_spec("peft"), reason="LoRA needs peft")

@@ -53,8 +53,8 @@ def write_json(path, value) -> Path:
 
 def read_json(path):
     "Read JSON; a damaged file gives a ValueError that names it"
-    try: return json.loads(Path(path).read_text())
-    except ValueError as error:
+    try: return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not valid JSON ({error}); delete it or restore a copy") from None
 
 class DamagedFile(ValueError): "A file that is truncated, altered, or not ddrepro's"

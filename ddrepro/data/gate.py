@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'WIDER', 'UNSIGNED', 'LEAST', 'CHANNELS', 'as_array', 'as_tensor', 'Gate', 'by_channels', 'hint',
-           'first_place', 'check_finite', 'as_floats', 'as_pixels', 'are_sixteen', 'as_levels', 'kind_of_range',
-           'scaled', 'range_of', 'in_words', 'to_one_range', 'joint_kinds', 'ranges_in_words', 'gate_inputs',
+           'first_place', 'check_all_finite', 'as_floats', 'as_pixels', 'are_sixteen', 'as_levels', 'kind_of_range',
+           'scaled', 'range_of', 'span_words', 'to_one_range', 'joint_kinds', 'ranges_in_words', 'gate_inputs',
            'gate_pictures', 'check_modality', 'label_values', 'text_labels', 'from_one_hot', 'whole_labels',
            'class_names', 'gate_labels', 'named_order', 'numbered_order']
 
@@ -103,7 +103,7 @@ def first_place(bad: torch.Tensor) -> str:
     "Where the first of some marked values lies"
     return f"sample {int(bad.flatten(1).any(1).nonzero()[0])}" if bad.dim() > 1 else f"row {int(bad.nonzero()[0])}"
 
-def check_finite(what: str, x: torch.Tensor):
+def check_all_finite(what: str, x: torch.Tensor):
     "Raise ValueError at NaN or infinity, and name the first sample that holds one"
     if not x.is_floating_point() or torch.isfinite(x.sum(dtype=torch.float64)): return
     bad = ~torch.isfinite(x)
@@ -111,11 +111,11 @@ def check_finite(what: str, x: torch.Tensor):
 
 def as_floats(gate: Gate, what: str, x: torch.Tensor) -> torch.Tensor:
     "Floats as float32 (float16 stays); ValueError at values that are not finite there"
-    check_finite(f"{gate.name}: {what}", x)
+    check_all_finite(f"{gate.name}: {what}", x)
     if x.dtype in (torch.float32, torch.float16): return x
     gate.remark(what, f"{str(x.dtype).removeprefix('torch.')} was brought to float32")
     x = x.float()
-    check_finite(f"{gate.name}: {what}, in float32,", x)
+    check_all_finite(f"{gate.name}: {what}, in float32,", x)
     return x
 
 def as_pixels(
@@ -165,7 +165,7 @@ def range_of(x: torch.Tensor) -> tuple:
     low, high = x.min().item(), x.max().item()
     return (low / 255, high / 255) if x.dtype == torch.uint8 else (low, high)
 
-def in_words(span: tuple) -> str: return "[{:.4g}, {:.4g}]".format(*span)
+def span_words(span: tuple) -> str: return "[{:.4g}, {:.4g}]".format(*span)
 
 def to_one_range(
     gate: Gate,
@@ -184,7 +184,7 @@ def to_one_range(
     if "other" in kinds.values():
         gate.remark(ranges_in_words(spans), "kept; pictures are drawn from [0, 1], what lies outside is cut there")
     for what, kind in kinds.items():
-        if kind in ("bytes", "signed"): gate.remark(what, f"values in {in_words(spans[what])} were brought to [0, 1]")
+        if kind in ("bytes", "signed"): gate.remark(what, f"values in {span_words(spans[what])} were brought to [0, 1]")
     return {what: scaled(x, kinds[what]) for what, x in parts.items()}
 
 def joint_kinds(kinds: dict, parts: dict) -> dict:
@@ -195,7 +195,7 @@ def joint_kinds(kinds: dict, parts: dict) -> dict:
         if kind == "unit" and "signed" in kinds.values() and parts[what].is_floating_point(): joint[what] = "signed"
     return joint
 
-def ranges_in_words(spans: dict) -> str: return " and ".join(f"{what} has values in {in_words(span)}" for what, span in spans.items())
+def ranges_in_words(spans: dict) -> str: return " and ".join(f"{what} has values in {span_words(span)}" for what, span in spans.items())
 
 # %% ../../nbs/data/00_gate.ipynb #535eff5b
 def gate_inputs(

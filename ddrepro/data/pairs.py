@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..core.share import choose
 from ..core.values import whole_number
-from .gate import Gate, as_tensor, by_channels, check_finite, gate_pictures, kind_of_range, range_of
+from .gate import Gate, as_tensor, by_channels, check_all_finite, gate_pictures, kind_of_range, range_of
 from .real import PARTS, Normalisation
 
 # %% ../../nbs/data/07_pairs.ipynb #cell-007
@@ -51,7 +51,7 @@ def check_images(
     if images.dtype not in (torch.uint8, torch.float32, torch.float16):
         raise ValueError(f"{where} must be bytes (torch.uint8), or floats in [0, 1], got {images.dtype}")
     if len(images) != count: raise ValueError(f"{where}: {len(images)} pictures and captions for {count}")
-    check_finite(where, images)
+    check_all_finite(where, images)
 
 def gated_images(pixels) -> torch.Tensor:
     "Pictures of any layout and range as (N, channels, H, W), bytes or floats in [0, 1]; a warning says what was done"

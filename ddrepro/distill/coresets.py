@@ -16,6 +16,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from ..core.arithmetic import steadily
 from ..core.files import DamagedFile, load_tensors, save_tensors
 from ..core.provenance import store_code
 from ..core.seeding import keyed, keyed_choice, keyed_normal
@@ -61,6 +62,7 @@ def kcenter_order(
     return np.array(chosen, dtype=np.int64)
 
 # %% ../../nbs/distill/08_coresets.ipynb #cell-017
+@steadily
 @torch.no_grad()
 def embed(
     net: FusionNet, real: RealData,
@@ -209,6 +211,7 @@ def joint_features(
     return torch.cat([image[torch.from_numpy(real.pairs("train").image_of)], text], 1).cpu()
 
 # %% ../../nbs/distill/08_coresets.ipynb #m01043_c
+@steadily
 def learned_pairs(
     net, real,               # DualNet; PairData
     texts: torch.Tensor,     # (P, d_text) caption embeddings of the training part

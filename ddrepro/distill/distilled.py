@@ -22,7 +22,7 @@ from ..core.files import DamagedFile, digest, load_tensors, make_folder, read_js
 from ..core.share import choose
 from ..core.values import plain, whole_number
 from ..data.formation import ORDERS, decode, per_canvas
-from ..data.gate import Gate, as_tensor, check_finite, class_names
+from ..data.gate import Gate, as_tensor, check_all_finite, class_names
 from ..data.real import Normalisation, Whitening
 from ..data.registry import TASK_NAMES
 from ..data.signals import signal_facts, signal_from, to_wave
@@ -68,7 +68,7 @@ def learned_tensor(modality: str, x) -> torch.Tensor:
     x = as_tensor(f"{modality} of a distilled set", x)
     if not x.is_floating_point(): raise ValueError(f"{modality} of a distilled set must be floats, got {x.dtype}")
     if not x.numel(): raise ValueError(f"{modality} of a distilled set is empty: it has shape {tuple(x.shape)}")
-    check_finite(f"{modality} of a distilled set", x)
+    check_all_finite(f"{modality} of a distilled set", x)
     return x
 
 def check_classes_of(labels: tuple, classes: tuple, tensors: dict):

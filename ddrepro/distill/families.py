@@ -43,6 +43,8 @@ class MeanMatching(Method):
     selection_seed: int = None         # of herding's embedding networks; default the run's seed
 
     real_statistics = "means"
+    precisions = ("float32", "bfloat16", "float64")
+    compiles = True
 
     def match(
         self,
@@ -80,9 +82,11 @@ def start(self: MeanMatching, context: Context) -> tuple:
 
 # %% ../../nbs/distill/11_families.ipynb #fc385a27
 @patch
+def strategy_on(self: MeanMatching, real) -> str: return real.strategy if self.strategy is None else self.strategy
+
+@patch
 def prepare(self: MeanMatching, context: Context):
-    real = context.real
-    strategy = real.strategy if self.strategy is None else self.strategy
+    real, strategy = context.real, self.strategy_on(context.real)
     context.source = random_nets(real.shapes, self.width, context.seed)
     context.sampler = Sampler(self.batch, strategy, share_augmentation=self.share_augmentation, seed=context.seed)
     context.means = RealMeans(real, context.source, context.sampler, context.compute, context.store)
@@ -155,6 +159,8 @@ class FeatureMatching(Method):
     selection_seed: int = None      # of herding's embedding networks
 
     real_statistics = "features"
+    precisions = ("float32", "bfloat16", "float64")
+    compiles = True
     taps = ("flat",)                # where networks are looked at
 
     def match(
@@ -215,10 +221,13 @@ def networks(self: FeatureMatching, context: Context):
     return random_nets(context.real.shapes, self.width, context.seed)
 
 @patch
+def strategy_on(self: FeatureMatching, real) -> str:
+    if self.strategy is not None: return self.strategy
+    return "" if only_sounds(real) else "color_crop_cutout"
+
+@patch
 def prepare(self: FeatureMatching, context: Context):
-    strategy = self.strategy
-    if strategy is None: strategy = "" if only_sounds(context.real) else "color_crop_cutout"
-    context.source = self.networks(context)
+    context.source, strategy = self.networks(context), self.strategy_on(context.real)
     context.sampler = Sampler(self.batch, strategy, share_augmentation=False, seed=context.seed, family="diffaug", stream="permutations")
 
 @patch

@@ -140,7 +140,8 @@ def evaluation_job(
     distilled = numbered_as(distilled, real)
     check_space(distilled, real)
     recipe = with_learned_rates(recipe, distilled.card.get("rates", {}), fusion)
-    inputs, labels = distilled.decoded()
+    decoded, labels = distilled.decoded()
+    inputs = {m: x.float() for m, x in decoded.items()}      # networks are float32, sets of proofs float64
     return dict(inputs=inputs, labels=labels, **scoring_side(real, part, inputs, recipe, width, fusion, epochs, net))
 
 def whole_job(real, recipe, part: str, width: int, fusion: str, epochs: int = None, net: str = "convnet") -> dict:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ONE_NETWORK', 'Experiment', 'settled', 'work_folder', 'runs_folder', 'store_folder', 'experiment_digest',
-           'git_revision', 'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked', 'snapshot_path',
-           'with_snapshots', 'snapshot_keeper', 'distillation_run', 'make_run', 'finished_run', 'kept_run', 'sealed',
-           'unsealed', 'each_once', 'rows_path', 'stored_rows', 'add_rows', 'row_facts', 'job_of', 'distilled_all',
-           'run_each', 'missing_networks', 'run_all', 'labelled']
+           'git_revision', 'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked', 'asked_for',
+           'snapshot_path', 'with_snapshots', 'snapshot_keeper', 'distillation_run', 'make_run', 'finished_run',
+           'kept_run', 'sealed', 'unsealed', 'each_once', 'rows_path', 'stored_rows', 'add_rows', 'row_facts', 'job_of',
+           'distilled_all', 'run_each', 'missing_networks', 'run_all', 'labelled']
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-003
 import hashlib
@@ -37,7 +37,7 @@ from ..core.workers import keep_freed_memory
 from ..distill.distilled import DistilledData
 from ..distill.loop import distill, distilled_from, own_code
 from ..distill.method import Diverged, Method
-from ..distill.moments import resolve_compute
+from ..distill.moments import resolve_device
 from .tasks import TASKS, Scoring, Task, origin_of, task_of
 from ..nets.dual import DualSpec
 from ..nets.pair_training import pair_recipe
@@ -155,12 +155,23 @@ class Run:
 class AskedOtherwise(ValueError): "A kept run was computed in another way than is asked for now"
 
 def as_asked(run: Run, compute: dict) -> Run:
-    "The run, unless a precision or backend is asked for by name and it has another"
+    "The run, unless a precision or backend is asked for by name and it has another, or had on its way"
+    facts = run.certificate["compute"]
     for what in ("precision", "compile"):
-        asked, has = (compute or {}).get(what, "auto"), run.certificate["compute"].get(what)
-        if asked != "auto" and has is not None and asked != has:
-            raise AskedOtherwise(f"{run.folder.name} was computed with {what} {has!r}, {asked!r} is asked for")
+        had = [move["changed"][what][0] for move in facts.get("moves", []) if what in move["changed"]]
+        asked, has = asked_for(compute, what), [*had, facts.get(what)]
+        other = [value for value in has if value is not None and value != asked]
+        if asked != "auto" and other:
+            raise AskedOtherwise(f"{run.folder.name} was computed with {what} {other[0]!r}, {asked!r} is asked for")
     return run
+
+def asked_for(
+    compute: dict,   # device, precision, compile, or all of them as a `Compute`; None where nothing is asked for
+    what: str
+):
+    "What is asked for by name, else \"auto\""
+    asked = compute or {}
+    return getattr(asked["compute"], what) if asked.get("compute") else asked.get(what, "auto")
 
 def snapshot_path(folder: Path, at: int) -> Path: return folder / f"at-{at:06d}"
 
@@ -332,7 +343,7 @@ def run_each(
     missing = missing_networks(experiments, done)
     shared = {rows_path(run, e): job_of(e, real, run, store or store_folder()) for e, run, _ in missing}
     jobs = [shared[rows_path(run, e)] | {"seeds": [(e.seed, k)]} for e, run, k in missing]
-    device = resolve_compute((compute or {}).get("device", "auto")).device
+    device = resolve_device(asked_for(compute, "device"))
     bar = tqdm(total=len(missing), desc="evaluation networks", disable=not progress or not missing)
     for (e, run, _), scores in zip(missing, task_of(real).score_each(jobs, device)):
         facts = row_facts(e, real, run)

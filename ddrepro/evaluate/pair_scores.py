@@ -20,6 +20,7 @@ from ..distill.distilled import DistilledData, guard_rates
 from .retrieval import retrieval_scores
 from ..nets.dual import DualNet, DualSpec, caption_embeddings, dual_net, pair_features
 from ..nets.pair_training import PairRecipe, train_pairs
+from ..nets.text_encoders import TFIDF
 
 # %% ../../nbs/evaluate/04_pair_scores.ipynb #56eef9c0
 def retrieve(
@@ -58,7 +59,7 @@ def pair_job(
     else:
         check_pair_set(distilled, real, spec, part)
         inputs, _ = distilled.decoded()
-        training = dict(images=inputs["image"], texts=inputs["text"], image_of=None, normalise=None,
+        training = dict(images=inputs["image"].float(), texts=inputs["text"].float(), image_of=None, normalise=None,
                         rates=rates_of(distilled.card, recipe))
     scored = dict(test_images=getattr(real, part).images, test_texts=caption_embeddings(real, spec, part, store),
                   test_image_of=real.pairs(part).image_of, normalisation=real.normalisation["image"])
@@ -84,7 +85,7 @@ def check_pair_set(
 ):
     "Raise ValueError where a distilled set is not of pairs, or not of these data's space"
     made_of = distilled.card.get("data")
-    if spec.text == "tfidf" and made_of not in (None, real.fingerprint):
+    if spec.text in TFIDF and made_of not in (None, real.fingerprint):
         raise ValueError("the texts of the set are embedded by a TF-IDF that was fitted on the captions of "
                          f"{distilled.card.get('dataset', 'other data')}; {real.name} as given has other pictures or captions, "
                          "so its texts mean something else there: evaluate on the data it was made of")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.arithmetic import steadily
 from ..core.seeding import keyed_choice
 
 # %% ../../nbs/evaluate/02_retrieval.ipynb #cell-013
@@ -44,6 +45,7 @@ def summary(
     return recall | {"MedR": float(np.median(expected_rank(above, tied, right).cpu()))}
 
 # %% ../../nbs/evaluate/02_retrieval.ipynb #cell-016
+@steadily
 def class_retrieval(
     query: torch.Tensor,    # (Q, d) features of one modality
     gallery: torch.Tensor,  # (G, d) features of the other
@@ -117,6 +119,7 @@ def few_per_class(
     return np.concatenate(chosen)
 
 # %% ../../nbs/evaluate/02_retrieval.ipynb #cell-023
+@steadily
 @torch.no_grad()
 def retrieval_scores(
     image: torch.Tensor,     # (N, d), unit length

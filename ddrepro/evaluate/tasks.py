@@ -18,7 +18,7 @@ from ..core.share import choose
 from ..core.values import scalar, whole_number
 from ..data.pairs import PairData
 from ..data.real import RealData
-from ..distill.moments import resolve_compute
+from ..distill.moments import resolve_device
 from .classification import LETTERS, evaluation_job, score, score_each, whole_job
 from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of
@@ -164,7 +164,7 @@ def evaluate(
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     if epochs is not None: epochs = whole_number("epochs", epochs, 1)
     if width is not None: width = whole_number("width", width, 1)
-    device = resolve_compute(device).device
+    device = resolve_device(device)
     task = task_of(real)
     if distilled is not None and distilled.task != task.name:
         raise ValueError(f"the distilled set teaches {distilled.task}; {real.name} is for {task.name}")

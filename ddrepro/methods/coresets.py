@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
+from ..core.arithmetic import varying_operations
 from ..core.share import choose
 from ..distill.coresets import initial, pair_rows, pairs_at
-from ..distill.method import Context, Method
+from ..distill.method import Context, Method, pools_adaptively
 from . import register
 from ..nets.dual import DualFields, spec_without_defaults
 
@@ -81,6 +82,8 @@ class Herding(Coreset):
     def of_classes(self, context):
         return initial(context, self.name, self.ipc, self.factor, self.width, features=self.features,
                        normalise=self.normalise, selection_seed=self.selection_seed)
+
+    def varying(self, real, *, compiled=False): return varying_operations(adaptive=pools_adaptively(real))
 
 @register
 @dataclass(frozen=True)

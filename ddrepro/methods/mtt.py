@@ -129,6 +129,9 @@ def prepare(self: MTT, context: Context):
 def rate(self: MTT, real, modality: str) -> float: return self.lr
 
 @patch
+def strategy_on(self: MTT, real) -> str: return real.strategy if self.strategy is None else self.strategy
+
+@patch
 def rules(self: MTT, context: Context) -> dict:
     rules = {}
     for m in context.real.modalities:
@@ -149,7 +152,7 @@ def start(self: MTT, context: Context) -> tuple:
 def student_loss(self: MTT, context: Context, m: str, t: int) -> callable:
     "Cross-entropy on modality `m` as a function of (vectors, inputs, step): what the student of iteration `t` descends"
     experts, real = context.experts[m], context.real
-    strategy = real.strategy if self.strategy is None else self.strategy
+    strategy = self.strategy_on(real)
     def loss(vectors, inputs, step):
         samples = [decode(x, self.factor, self.order_on(real)) for x in inputs[m]]
         labels = torch.arange(len(samples), device=inputs[m].device).repeat_interleave(len(samples[0]))

@@ -94,6 +94,11 @@ def prepare(self: VLDD, context: Context):
     context.experts.net.to(device, dtype).train()
 
 @patch
+def spec(self: VLDD) -> dict:
+    "Without the folder of the parameters: it says where they lie, and changes no number"
+    return TrajectoryMatching.spec(self) | dict(spill=None)
+
+@patch
 def rate(self: VLDD, real, modality: str) -> float: return {"image": self.lr_image, "text": self.lr_text}[modality]
 
 @patch

@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['SMALL_WIDTH', 'PAIR_FIELDS', 'DualSpec', 'DualNet', 'dual_net', 'layouts', 'vectors', 'encode_pairs', 'load_vectors',
-           'fitted_text', 'caption_embeddings', 'embedded_captions', 'pair_features', 'dual_of', 'DualFields',
-           'spec_without_defaults']
+           'fitted_text', 'warn_of_unknown_words', 'caption_embeddings', 'embedded_captions', 'pair_features',
+           'dual_of', 'DualFields', 'spec_without_defaults']
 
 # %% ../../nbs/nets/08_dual.ipynb #cell-003
+import warnings
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.feature_extraction.text import CountVectorizer
 from torch import nn
 from torch.func import functional_call
 
+from ..core.arithmetic import steadily
 from ..core.files import DamagedFile, load_tensors, save_tensors
 from ..core.provenance import short_hash, store_code
 from ..core.share import choose
 from .encoders import EMBEDDED, image_encoder, text_projection, trainable, with_lora
-from .text_encoders import PRETRAINED, text_encoder
+from .text_encoders import TEXT_ENCODERS, TFIDF, count_words, text_encoder, unknown_share
 from .vectors import Layout
 
 # %% ../../nbs/nets/08_dual.ipynb #cell-006
@@ -35,12 +36,12 @@ class DualSpec:
     width: int = None            # of the two small image encoders, 32 where it is not given; timm's have their own
     lora: int = 0                # rank of adapters on a vision transformer; 0 trains everything
     pretrained: object = "auto"  # image weights: True, False, or "auto": where they are to be had
-    text: str = "tfidf"          # frozen text encoder: "tfidf", "bert", "clip", "sentence"
-    dim: int = 256               # of tfidf
+    text: str = "tfidf"          # frozen text encoder: "tfidf", "tfidf_char", "bert", "clip", "sentence"
+    dim: int = 256               # of the first two
     dropout: float = 0.1         # in the text projection
 
     def __post_init__(self):
-        choose("text", self.text, ("tfidf", *PRETRAINED))
+        choose("text", self.text, TEXT_ENCODERS)
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         for name, least in (("lora", 0), ("dim", 1), ("width", 1)):
             value = getattr(self, name)
@@ -120,14 +121,30 @@ def load_vectors(
 @lru_cache(4)
 def fitted_text(
     real,       # PairData
-    text: str,  # "tfidf", "bert", "clip", "sentence"
-    dim: int    # of tfidf, at most
+    text: str,  # of `TEXT_ENCODERS`
+    dim: int    # of tfidf and tfidf_char, at most
 ):              # has .dim and .encode(texts)
     "The frozen text encoder of a data set"
     captions = real.pairs("train").captions
-    if text != "tfidf": return text_encoder(text)
-    words = len(CountVectorizer().fit(captions).vocabulary_)
-    return text_encoder(text, captions, min(dim, words - 1, len(captions) - 1))
+    if text not in TFIDF: return text_encoder(text)
+    most = min(count_words(captions, text), len(captions)) - 1
+    if most < 1: raise ValueError(f"{real.name}: the text encoder {text!r} needs two training captions and words or more")
+    return text_encoder(text, captions, min(dim, most))
+
+@lru_cache(4)
+def warn_of_unknown_words(
+    real,       # PairData
+    text: str   # of `TFIDF`
+):
+    "Warn where most captions of validation or test hold nothing that the training captions hold"
+    training = real.pairs("train").captions
+    shares = {p: unknown_share(real.pairs(p).captions, training, text) for p in ("validation", "test")}
+    if max(shares.values()) <= .5: return
+    what = "word" if text == "tfidf" else "character"
+    advice = "; in a language without blanks between words, choose text='tfidf_char'" if text == "tfidf" else ""
+    of_parts = " and ".join(f"{share:.0%} of the {p} captions" for p, share in shares.items())
+    warnings.warn(f"{real.name}: {of_parts} hold no {what} of the training captions, so the text encoder {text!r} "
+                  f"tells none of them from another{advice}", stacklevel=4)
 
 def caption_embeddings(
     real,                # PairData
@@ -136,7 +153,8 @@ def caption_embeddings(
     store=None           # folder that keeps them; None keeps nothing
 ) -> torch.Tensor:       # (P, d_text), a row for each of `real.pairs(part)`
     "Frozen embeddings of all cleaned captions of a part"
-    dim = spec.dim if spec.text == "tfidf" else 0
+    dim = spec.dim if spec.text in TFIDF else 0
+    if spec.text in TFIDF: warn_of_unknown_words(real, spec.text)
     return embedded_captions(real, spec.text, dim, part, str(store) if store else None)
 
 @lru_cache(8)
@@ -152,6 +170,7 @@ def embedded_captions(real, text: str, dim: int, part: str, store: str | None) -
     return embeddings
 
 # %% ../../nbs/nets/08_dual.ipynb #cell-022
+@steadily
 @torch.no_grad()
 def pair_features(
     net: DualNet,
@@ -185,7 +204,7 @@ class DualFields:
     lora: int = DualSpec.lora              # rank of adapters on a vision transformer
     pretrained: object = DualSpec.pretrained   # image weights
     text: str = DualSpec.text              # frozen text encoder
-    dim: int = DualSpec.dim                # of tfidf
+    dim: int = DualSpec.dim                # of tfidf and tfidf_char
     dropout: float = DualSpec.dropout      # in the text projection
     experts: int = 20                      # networks trained on all real pairs
     expert_epochs: int = 10

@@ -18,6 +18,7 @@ import torchvision.transforms.v2.functional as pixels
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
+from ..core.arithmetic import steadily
 from ..core.seeding import keyed, keyed_choice, keyed_uniform
 from ..core.share import choose
 from .contrastive import SCALE, contrastive_loss
@@ -159,6 +160,7 @@ def pair_optimiser(net, recipe: PairRecipe, rates: dict = None) -> torch.optim.S
         groups.append(dict(params=list(trainable(part).values()), lr=(rates or {}).get(m, recipe.rate)))
     return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True)
 
+@steadily
 def train_pairs(
     net,                       # DualNet, trained in place
     images: torch.Tensor,      # (N, 3, H, W) normalised, or as `normalise` takes them

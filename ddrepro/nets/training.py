@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, stack_module_state, vmap
 from tqdm.auto import tqdm
 
+from ..core.arithmetic import steadily
 from ..core.seeding import isolated_rng, keyed_choice
 from ..core.share import choose
 from ..data.augment import FAMILIES, apply_cutmix, augment, draw_augmentation, draw_cutmix
@@ -141,6 +142,7 @@ def set_rates(
     if recipe.restart and rate_factor(recipe, epoch) != rate_factor(recipe, epoch - 1): optimiser.state.clear()
 
 # %% ../../nbs/nets/03_training.ipynb #cell-013
+@steadily
 def train(
     net: FusionNet,
     inputs: dict,              # modality → normalised (N, …)
@@ -236,6 +238,7 @@ def mixed_loss(
     return share * training_loss(logits, labels) + (1 - share) * training_loss(logits, partners)
 
 # %% ../../nbs/nets/03_training.ipynb #cell-016
+@steadily
 @torch.no_grad()
 def accuracies(
     net: FusionNet,
@@ -265,6 +268,7 @@ def new_net(
     with isolated_rng(seed, stream, *indices): return FusionNet(specs, shapes, classes, fusion)
 
 # %% ../../nbs/nets/03_training.ipynb #cell-025
+@steadily
 def train_together(
     nets: list,                # FusionNets of one shape, without buffers
     inputs: dict,              # modality → normalised (N, …)

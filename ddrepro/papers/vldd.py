@@ -25,7 +25,7 @@ from ..methods import get_method
 from ..nets.dual import PAIR_FIELDS
 from ..nets.encoders import EMBEDDED, image_encoder
 from ..nets.pair_training import PAIR_EXPERT, PAIRS_RECIPE
-from ..nets.text_encoders import text_encoder
+from ..nets.text_encoders import TFIDF, text_encoder
 from . import register_paper
 from .plan import Cell, Line, Paper, Plan, as_in_tables, compared
 
@@ -45,6 +45,7 @@ SMALL_ENCODERS = {
 }
 ENCODERS = SMALL_ENCODERS | VL_ENCODERS
 TEXTS = {f"TF-IDF {dim}": dict(text="tfidf", dim=dim) for dim in (16, 64, 256)}
+TEXTS |= {f"TF-IDF characters {dim}": dict(text="tfidf_char", dim=dim) for dim in (64, 256)}
 TEXTS |= {"BERT": dict(text="bert"), "CLIP": dict(text="clip"), "Sentences": dict(text="sentence")}
 
 def start_lines() -> dict:
@@ -168,7 +169,7 @@ def why_no_image(name: str, size: int, lora: int, random_weights: bool) -> str:
 @lru_cache
 def why_no_text(name: str) -> str:
     "Why a text encoder cannot be had, or nothing"
-    if name == "tfidf": return ""
+    if name in TFIDF: return ""
     try: text_encoder(name)
     except (ImportError, OSError) as why: return str(why)
     return ""

@@ -6,7 +6,7 @@
 __all__ = ['nbformat', 'nbconvert', 'mistune', 'math_core', 'bs4', 'jinja2', 'markupsafe', 'pygments_html', 'CONVERTER',
            'PROGRESS', 'SUMMARIES', 'ACTIVE', 'LOADING', 'FETCHING_STYLE', 'NUMBER', 'mathml', 'tex2mathml',
            'MathRenderer', 'ReportExporter', 'without_progress', 'shown_output', 'shown_cell', 'disarm',
-           'list_contents', 'align_table', 'describe_images', 'code_colours', 'plain', 'write_page', 'finished_at',
+           'list_contents', 'align_table', 'describe_images', 'code_colours', 'as_text', 'write_page', 'finished_at',
            'take_head', 'render_report', 'output_text', 'tagged_output', 'absent_lines', 'HeadReader', 'read_about',
            'report_index']
 
@@ -207,12 +207,12 @@ def code_colours(
     return f"{rules(light)}\n@media screen and (prefers-color-scheme: dark) {{\n{rules(dark)}\n}}"
 
 
-def plain(
+def as_text(
     value,  # of a provenance entry
 ) -> str:
     "A value as a reader wants it: lists and mappings on one line"
-    if isinstance(value, dict): return " · ".join(f"{k} {plain(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)): return ", ".join(map(plain, value))
+    if isinstance(value, dict): return " · ".join(f"{k} {as_text(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)): return ", ".join(map(as_text, value))
     return "none" if value is None else str(value)
 
 
@@ -281,7 +281,7 @@ def render_report(
     describe_images(soup)
     title = title or heading or source.stem
     about = {"title": title, "date": finished_at(nb), "headline": headline}
-    facts = {name: plain(value) for name, value in (provenance or {}).items()}
+    facts = {name: as_text(value) for name, value in (provenance or {}).items()}
     footer = (f"Made by ddrepro {__version__} from {source.name}, {about['date']}. "
               "The page is complete: it loads nothing, runs no script.")
     return write_page(Path(out_html), lang=nb.metadata.get("lang", "en"), title=title, lead=lead, contents=contents,

@@ -87,6 +87,8 @@ def read_tensors(
         raise ValueError(f"{path} lacks the {word} {', '.join(missing)}; it holds {keys_there}")
     tensors = {m: content[k].detach() for m, k in keys.items()}
     for m, x in tensors.items():
+        if x.layout != torch.strided or x.is_complex() or x.is_quantized:
+            raise ValueError(f"{path}: {keys[m]} is {x.dtype}, {x.layout}; expected plain numbers")
         if x.dim() == 0 or tuple(x.shape[1:]) != SHAPES[m]:
             expected = ", ".join(map(str, ("N", *SHAPES[m])))
             raise ValueError(f"{path}: {keys[m]} has shape {tuple(x.shape)}, expected ({expected})")
@@ -107,7 +109,7 @@ def check_labels(
         raise ValueError(f"{what} is {labels.dtype}, expected integers")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(f"{what} lies in [{labels.min()}, {labels.max()}], expected 0 to {len(classes) - 1}")
-    names = [str(n).strip().lower().replace("_", " ") for n in names or ()]
+    names = [str(n).strip().lower().replace("_", " ") for n in names] if isinstance(names, (list, tuple)) else []
     if sorted(names) == sorted(classes) and names != list(classes):
         raise ValueError(f"{what}: the file names its classes in another order: {names}")
 

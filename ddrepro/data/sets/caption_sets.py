@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CAPTIONS_SHA', 'FLICKR8K', 'SPLITS', 'KARPATHY', 'FEWEST', 'drawn', 'flickr8k_files', 'read_captions',
            'where_flickr8k', 'flickr8k', 'read_karpathy', 'KarpathySet', 'load_karpathy', 'karpathy_entry', 'flickr30k',
-           'coco', 'split_rows', 'table_name', 'check_table_options', 'caption_csv']
+           'coco', 'split_rows', 'table_name', 'TableOptions', 'check_table_options', 'caption_csv']
 
 # %% ../../../nbs/data/sets/18_caption_sets.ipynb #cell-003
 import hashlib
 import os
 import warnings
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ import torch
 from ...core.files import DamagedFile, read_json
 from ...core.seeding import keyed_choice
 from ...core.share import choose
+from ...core.values import number_between, whole_number
 from ..captions import Row, by_part, check_headers, check_picture_rows, check_size, part_of_rows, read_csv
 from ..pairs import CLIP, PairData, PairPart
 from ..real import PARTS, Normalisation
-from ..registry import data_root, dataset, entry
+from ..registry import data_root, dataset, own_name
 from .av_mnist import read_pack
 
 # %% ../../../nbs/data/sets/18_caption_sets.ipynb #cell-027
@@ -33,8 +34,9 @@ def drawn(
     most: int = None    # of them; None for all
 ) -> np.ndarray:        # indices, in order
     "At most `most` training pictures, drawn by key"
-    if most is not None and most < 1: raise ValueError(f"train_images must be at least 1, or None for all, got {most}")
-    return np.sort(keyed_choice(count, count if most is None else most, 0, "caption_sets/limit"))
+    try: most = count if most is None else whole_number("train_images", most, 1)
+    except ValueError as error: raise ValueError(f"{error}; None is all") from None
+    return np.sort(keyed_choice(count, most, 0, "caption_sets/limit"))
 
 # %% ../../../nbs/data/sets/18_caption_sets.ipynb #cell-029
 CAPTIONS_SHA = "708799b28cd58555613126bf11c0b157a2d3e1ed084292d0f622cff5a8f92f50"
@@ -151,7 +153,7 @@ def load_karpathy(
     "A set by its caption file and its folder of images"
     known = KARPATHY[choose("name", name, KARPATHY)]
     home = Path(root or data_root()) / name
-    check_size(size)
+    size = check_size(size)
     file = Path(file).expanduser() if file else home / known.file
     folders = [Path(images).expanduser()] if images else [home / f for f in known.folders]
     folder = next((f for f in folders if f.is_dir()), folders[0])
@@ -185,12 +187,13 @@ def split_rows(
     rows: list,
     validation: float,   # share of the pictures
     test: float,         # share of the pictures
-    seed: int
+    seed: int,
+    source: Path         # the file that names them, for the error
 ) -> dict:               # part → its rows
     "A keyed split with at least one picture in each part"
     held, tested = (max(1, round(share * len(rows))) for share in (validation, test))
     if held + tested >= len(rows):
-        raise ValueError(f"{len(rows)} pictures are too few: validation={validation} and test={test} "
+        raise ValueError(f"{source}: {len(rows)} pictures are too few: validation={validation} and test={test} "
                          f"take {held} and {tested} of them")
     order = keyed_choice(len(rows), len(rows), seed, "caption_csv/split")
     chosen = dict(zip(("test", "validation", "train"), np.split(order, [tested, tested + held])))
@@ -199,12 +202,15 @@ def split_rows(
 # %% ../../../nbs/data/sets/18_caption_sets.ipynb #cell-043
 def table_name(file: Path, name: str = None) -> str:
     "`name`, else the file's with its suffix; never that of a registered data set"
-    if name is None: name = file.name if file.suffix else f"{file.name} (table)"
-    if not isinstance(name, str) or not name.strip(): raise ValueError(f"name must be a word or more, got {name!r}")
-    if entry(name.strip().lower()):
-        raise ValueError("name must not be that of a registered data set: "
-                         f"its settings and published numbers would be taken; got {name!r}")
-    return name
+    return own_name(name, file.name if file.suffix else f"{file.name} (table)")
+
+class TableOptions(NamedTuple):
+    "Options of a table as plain values"
+    file: Path
+    size: int
+    validation: float
+    test: float
+    seed: int
 
 def check_table_options(
     file,        # should be a path
@@ -213,19 +219,16 @@ def check_table_options(
     test,        # should be a share
     constants,   # should be "clip" or "own"
     seed         # should be a whole number
-):
-    "Raise ValueError at values that cannot work, before anything is read"
+) -> TableOptions:
+    "The options as plain values; ValueError at those that cannot work, before anything is read"
     if not isinstance(file, (str, os.PathLike)):
         raise ValueError(f"file must be the path of a CSV file, a string or a Path, got {file!r}")
-    check_size(size)
-    for argument, share in (("validation", validation), ("test", test)):
-        if not isinstance(share, Real) or not 0 < share < 1:
-            raise ValueError(f"{argument} must be a number between 0 and 1, got {share!r}")
+    size = check_size(size)
+    validation, test = (number_between(n, x, 0, 1) for n, x in (("validation", validation), ("test", test)))
     if validation + test >= 1:
         raise ValueError(f"validation and test must leave pictures to train on, got {validation} and {test}")
     choose("constants", constants, ("clip", "own"))
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    return TableOptions(Path(file).expanduser(), size, validation, test, whole_number("seed", seed))
 
 # %% ../../../nbs/data/sets/18_caption_sets.ipynb #cell-045
 FEWEST = 20   # test pictures below which a recall says little: by chance R@1 is 5 % of as many
@@ -238,18 +241,19 @@ def caption_csv(
     caption_column: str = "caption",
     size: int = 64,                    # height and width the pictures are resized to
     name: str = None,                  # of the data set; default the file's, with its suffix
-    split: str = None,                 # column of train, validation (or val, dev) and test; default drawn by key
+    split: str = None,                 # column of train, validation (or val, dev …) and test; default drawn by key
     validation: float = 0.1,           # share of the pictures, where `split` is not given
     test: float = 0.1,                 # share of the pictures, where `split` is not given
     constants: str = "clip",           # or "own": normalise by the training pictures' mean and std
     seed: int = 0                      # of the split, where it is drawn
 ) -> PairData:
     "Your own pictures and captions"
-    check_table_options(file, size, validation, test, constants, seed)
-    file = Path(file).expanduser()
+    options = check_table_options(file, size, validation, test, constants, seed)
+    file = options.file
     name = table_name(file, name)
     rows = read_csv(file, image_column, caption_column, split)
-    parts = by_part(rows, file) if split is not None else split_rows(rows, validation, test, seed)
+    if split is not None: parts = by_part(rows, file)
+    else: parts = split_rows(rows, options.validation, options.test, options.seed, file)
     check_picture_rows(rows)
     check_headers(rows)
     captions = sum(len(row.captions) for row in rows)
@@ -260,6 +264,6 @@ def caption_csv(
         warnings.warn(f"{name} has {few}", stacklevel=3)
         remark += f"; {few}"
     about = dict(source=f"pictures and captions of {file.name}", licence="its owner's", published=False, remark=remark)
-    parts = {p: part_of_rows(some, size) for p, some in parts.items()}
+    parts = {p: part_of_rows(some, options.size) for p, some in parts.items()}
     normalisation = CLIP if constants == "clip" else Normalisation.fit(parts["train"].images)
     return PairData(name, **parts, normalisation={"image": normalisation}, about=about)

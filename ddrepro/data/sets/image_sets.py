@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from ...core.files import DamagedFile, write_atomic
 from ...core.share import choose
+from ...core.values import number_between
 from ..real import DIGITS, FULL, Normalisation, Part, RealData, from_tensors
 from ..registry import data_root, dataset
 from .av_mnist import MNIST_NORMALISATION, SHA, advice, check_most, find_pack, limit_classes, read_pack
@@ -40,7 +41,7 @@ def limit_train(
     most: int = None   # samples of a class; None for all
 ) -> RealData:
     "At most `most` training samples of each class, drawn by key"
-    check_most(most)
+    most = check_most(most)
     if most is None: return real
     return replace(real, train=real.train.select(limit_classes(real.train.labels.numpy(), most)))
 
@@ -299,7 +300,7 @@ def load_images(
     known = IMAGE_SETS[choose("dataset", name, IMAGE_SETS)]
     choose("constants", constants, ("own", "cifar10"))
     check_most(train_per_class)
-    if not 0 < validation < 1: raise ValueError(f"validation must lie between 0 and 1, got {validation}")
+    validation = number_between("validation", validation, 0, 1)
     published = read_images(name, root, download)
     train = published.parts["train"]
     test = published.parts["test"]
