@@ -30,19 +30,20 @@ def locked(
     "Hold a folder for the body; within it the same thread may hold it again"
     path = make_folder(folder) / LOCK
     write_check(path)
-    lock = FileLock(path, is_singleton=True)
+    lock, owner = FileLock(path, is_singleton=True), path.with_name(f"{LOCK}-owner")
     try: lock.acquire(blocking=False)
     except Timeout:
-        owner = path.with_name(f"{LOCK}-owner")
         known = owner.read_text().strip() if owner.is_file() else "another process"
         if not wait: raise Busy(f"{known} works in {folder}") from None
         print(f"{known} works in {folder}; waiting until it is done")
         lock.acquire()
     try:
-        path.with_name(f"{LOCK}-owner").write_text(this_process())
+        owner.write_text(this_process())
         sweep(path.parent)
         yield
-    finally: lock.release()
+    finally:
+        if lock.lock_counter == 1: owner.unlink(missing_ok=True)
+        lock.release()
 
 def write_check(path: Path):
     "Raise OSError, with the path, where a folder cannot be written to: a lock there could be waited for in vain"
