@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from .bench_trajectories import bench_trajectory
-from .core.files import write_json
+from .core.files import make_folder, write_json
 from .core.seeding import keyed_normal
-from .core.share import choose
+from .core.share import check_writable, choose
 from .core.timing import difference_notes, in_turns, table
 from .core.workers import side_by_side
 from .data.augment import apply_dsa, augment
@@ -350,6 +350,7 @@ def bench(
 ) -> pd.DataFrame:
     "Run measurements by name, print and return their rows"
     chosen = [choose("measurement", n, BENCHES) for n in names] or list(BENCHES)
+    if path: check_writable(make_folder(Path(path).parent))      # before measuring
     tables = []
     for name in chosen:
         torch.compiler.reset()                     # a process keeps few variants of a compiled function

@@ -72,17 +72,17 @@ TINY = {
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """`ddrepro run avdd -p …` with a notebook of a few lines in the paper's place:
+    """`ddrepro run tiny -p …`, whose notebook has a few lines and belongs to no paper:
     (status, what it printed, the folder of reports)"""
     cells = [new_code_cell("\n".join(lines), metadata={"tags": [tag]}) for tag, lines in TINY.items()]
     (tmp_path / "nbs").mkdir()
-    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "nbs/repro_avdd.ipynb")
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "nbs/repro_tiny.ipynb")
     monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / name)
     monkeypatch.setenv("DDREPRO_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        status = main(["run", "avdd", "--reports", str(tmp_path / "reports"), *words])
+        status = main(["run", "tiny", "--reports", str(tmp_path / "reports"), *words])
         printed = capsys.readouterr()
         return status, printed.out + printed.err, tmp_path / "reports"
     return call
@@ -102,7 +102,7 @@ def test_other_parameters_make_another_report(command):
     for words in (["lines", "DM"], ["lines", "AVDD"], ["lines", "AVDD", "-p", "device", "cpu"]):
         reports = command("-p", *words)[2]
     first, second = sorted(p.stem for p in reports.glob("*.csv"))
-    assert {first[:11], second[:11]} == {"avdd_quick_"} and len(first) == len(second) == 17
+    assert {first[:11], second[:11]} == {"tiny_quick_"} and len(first) == len(second) == 17
     assert {p.stem for p in reports.glob("*.html")} == {first, second, "index"}
 
 

@@ -19,12 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
+from .share import CannotWrite, cannot_write, remedy_for, writing
+
 # %% ../../nbs/core/03_files.ipynb #cell-006
 def write_atomic(path, content: bytes) -> Path:
     "Write bytes under a temporary name, flush them to disk, then move them; on any failure the old file stays"
     path = Path(path)
     make_folder(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, **temporary_name(path.name))
+    kept = "what was there before is untouched"
+    with writing(path, len(content), kept):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, **temporary_name(path.name))
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -34,17 +38,17 @@ def write_atomic(path, content: bytes) -> Path:
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({len(content):,} bytes): {error.strerror or error}; "
-                      "what was there before is untouched") from error
+        raise cannot_write(path, error, len(content), kept) from error
     return path
 
 def make_folder(folder) -> Path:
     "Make a folder and those above it; an OSError names the file that is in the way"
     folder = Path(folder)
-    blocking = next((p for p in (folder, *folder.parents) if p.exists()), None)
-    if blocking is not None and not blocking.is_dir():
-        raise OSError(f"cannot write below {folder}: {blocking} is a file, not a folder; choose another output folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        blocking = next((p for p in (folder, *folder.parents) if p.exists()), None)
+        if blocking is not None and not blocking.is_dir():
+            raise CannotWrite(f"cannot write below {folder}: {blocking} is a file, not a folder; {remedy_for(folder)}")
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 def write_json(path, value) -> Path:

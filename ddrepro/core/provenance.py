@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'METHOD_KINDS', 'SLOTS', 'WRAPPED', 'NOT_PYTHON', 'RUN_TIME', 'PLAIN_KINDS', 'READERS', 'canonical',
-           'short_hash', 'Undigestible', 'Walk', 'inner_function', 'is_run_time', 'function_facts', 'read_function',
-           'name_fact', 'attribute_fact', 'import_fact', 'class_facts', 'field_facts', 'counts', 'is_generated',
-           'is_inherited', 'object_facts', 'without_remembered', 'kept_as', 'undigestible', 'type_name', 'read_class',
-           'read_module', 'read_callable', 'enclosed', 'wrapped_by', 'wrapped_fact', 'read_builtin', 'home_of',
-           'contained', 'read_mapping', 'read_items', 'read_set', 'bytes_hash', 'read_tensor', 'read_array',
+           'short_hash', 'Undigestible', 'Walk', 'apart', 'is_apart', 'inner_function', 'is_run_time', 'function_facts',
+           'read_function', 'name_fact', 'attribute_fact', 'import_fact', 'class_facts', 'field_facts', 'counts',
+           'is_generated', 'is_inherited', 'object_facts', 'without_remembered', 'kept_as', 'undigestible', 'type_name',
+           'read_class', 'read_module', 'read_callable', 'enclosed', 'wrapped_by', 'wrapped_fact', 'read_builtin',
+           'home_of', 'contained', 'read_mapping', 'read_items', 'read_set', 'bytes_hash', 'read_tensor', 'read_array',
            'read_repr', 'read_parts', 'read_method', 'root_key', 'code_digest', 'store_code']
 
 # %% ../../nbs/core/05_provenance.ipynb #cell-003
@@ -105,7 +105,7 @@ class Walk:
         "What stands for a value where it is used"
         if value is None or type(value) in (bool, int, str): return value
         if id(value) in self.number: return ["see", self.number[id(value)]]
-        if id(value) in self.without: return ["without"]
+        if id(value) in self.without or is_apart(value): return ["without"]
         for kinds, read in READERS:
             if isinstance(value, kinds): return read(self, value)
         name = kept_as(self, value)
@@ -120,6 +120,13 @@ class Walk:
             elif isinstance(part, type) and self.ours(home_module(part)): self.annotated.append(part)
 
 # %% ../../nbs/core/05_provenance.ipynb #0ab813a8
+def apart(definition):
+    "Decorate a function or class that only shows how work goes: no digest follows it, so that a change of it makes no number stale"
+    definition._apart = True
+    return definition
+
+def is_apart(value) -> bool: return isinstance(value, (type, types.FunctionType)) and vars(value).get("_apart") is True
+
 def inner_function(value):
     "The function in a method, classmethod, staticmethod, property or wrapper that was given"
     value = getattr(value, "__func__", getattr(value, "fget", value))

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..core.files import DamagedFile
+from ..core.progress import Progress
 from ..core.share import choose
 from ..core.values import whole_number
 from .pairs import PairPart, clean_caption
@@ -57,7 +57,7 @@ def read_pictures(
 ) -> torch.Tensor:       # (N, 3, size, size) bytes
     "The pictures of the rows"
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-    for i, row in enumerate(tqdm(rows, desc="reading", unit="image")):
+    for i, row in enumerate(Progress("reading", rows, unit="image")):
         with damage_named(row): images[i] = squash(read_image(row.path), size)
     return images
 
@@ -89,7 +89,7 @@ def check_picture_rows(rows: list[Row]):
 
 def check_headers(rows: list[Row]):
     "Raise DamagedFile at a file that its header shows to be no picture"
-    for row in tqdm(rows, desc="checking", unit="image", delay=2):
+    for row in Progress("checking", rows, unit="image", delay=2):
         with damage_named(row), readable(row.path): pass
 
 def by_part(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.share import choose, import_modules, refuse_taken
+from ..core.share import choose, import_modules, place, refuse_taken
 
 # %% ../../nbs/data/03_registry.ipynb #a20125eb
 TASK_NAMES = ("classification", "retrieval")
@@ -82,7 +82,7 @@ def own_name(
 # %% ../../nbs/data/03_registry.ipynb #eeb42539
 def data_root() -> Path:
     "The folder named by DDREPRO_DATA, else ./data"
-    return Path(os.environ.get("DDREPRO_DATA") or "data")
+    return place(os.environ.get("DDREPRO_DATA") or "data", "set DDREPRO_DATA to a folder elsewhere")
 
 def load_data(
     name: str,   # of a registered data set; `list_data()` names them

@@ -8,6 +8,7 @@ __all__ = ['SPACES', 'FORMAT', 'EXPORTED', 'UnusableRate', 'guard_rates', 'check
            'export', 'samples_by_file', 'clear_export', 'write_sample']
 
 # %% ../../nbs/distill/01_distilled.ipynb #cell-003
+import io
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +17,23 @@ import numpy as np
 import soundfile
 import torch
 from fastcore.basics import patch
-from torchvision.utils import save_image
 
 from ..core.files import DamagedFile, digest, load_tensors, make_folder, read_json, save_tensors, write_json
 from ..core.share import choose
 from ..core.values import plain, whole_number
 from ..data.formation import ORDERS, decode, per_canvas
 from ..data.gate import Gate, as_tensor, check_all_finite, class_names
+from ddrepro.core.files import (
+    DamagedFile,
+    digest,
+    load_tensors,
+    make_folder,
+    read_json,
+    save_tensors,
+    write_atomic,
+    write_json,
+)
+from ..data.formation import decode, per_canvas
 from ..data.real import Normalisation, Whitening
 from ..data.registry import TASK_NAMES
 from ..data.signals import signal_facts, signal_from, to_wave
@@ -284,6 +295,8 @@ def write_sample(
     signal=None        # LogMel or LogSpectrogram where it is a sound
 ) -> Path:
     "A picture as PNG, or a sound made audible as WAV"
-    if signal is None: save_image(x, path)
-    else: soundfile.write(path, to_wave(x, signal).numpy(), signal.sample_rate)
-    return path
+    from torchvision.utils import save_image
+    content = io.BytesIO()
+    if signal is None: save_image(x, content, format="png")
+    else: soundfile.write(content, to_wave(x, signal).numpy(), signal.sample_rate, format="WAV")
+    return write_atomic(path, content.getvalue())

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from ..core.arithmetic import core_count, machine_facts, steady_arithmetic
 from ..core.definitions import top_package
 from ..core.files import DamagedFile, load_tensors, make_folder, save_tensors
 from ..core.locks import locked
+from ..core.progress import Progress
 from ..core.provenance import store_code
 from ..core.values import plain, whole_number
 from .distilled import DistilledData
@@ -305,11 +305,13 @@ def iterate(
 ) -> tuple:                             # (state, curve) after the last
     "Run iterations t … method.iterations − 1"
     rules = method.rules(context) if method.iterations else {}
-    last_saved, last_t = time.monotonic(), -1
-    bar = tqdm(total=method.iterations, initial=t, desc=f"distil {method.name}, seed {context.seed}",
-               disable=not progress or not method.iterations, mininterval=1)
+    last_saved, last_t, begun = time.monotonic(), -1, t
+    bar = Progress(f"distil {method.name}, seed {context.seed}", total=method.iterations, begun=t, shown=progress)
     while t < method.iterations:
         try: following, loss = one_iteration(method, context, rules, state, t)
+        except KeyboardInterrupt:
+            if checkpoints and t > begun: checkpoints.save(t, state, curve, context.compute)
+            raise
         except Diverged as problem:
             if checkpoints: checkpoints.save(t, state, curve, context.compute)
             kept = f"the state before it is kept in {checkpoints.folder}" if checkpoints else "give a folder to keep the state before it"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from ..core.files import DamagedFile, load_tensors, save_tensors
+from ..core.progress import Progress
 from ..core.provenance import canonical, short_hash, store_code
 from ..core.seeding import keyed_int
 from ..core.workers import side_by_side
@@ -175,9 +175,8 @@ def open(self: Pool, progress: bool = True) -> Pool:
         recipe = self.recipe or get_recipe("pool")
         shared = pool_job(self.real, self.modality, self.spec, recipe, self.seed, index=0, epochs=self.epochs)
         jobs = [shared | dict(index=i) for i in missing]
-    bar = tqdm(self.results(jobs), desc=f"pool: {self.modality} networks", total=len(jobs),
-               disable=not progress or not jobs)
-    for i, states in zip(missing, bar): weights_of[i] = self.keep(i, states)
+    bar = Progress(f"pool: {self.modality} networks", self.results(jobs), len(jobs), shown=progress)
+    for states, i in zip(bar, missing): weights_of[i] = self.keep(i, states)
     self.nets = [self.frozen(state) for _, state in sorted(weights_of.items())]
     return self
 

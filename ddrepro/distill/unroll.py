@@ -15,6 +15,7 @@ import torch
 
 from ..core.files import make_folder
 from ..core.seeding import keyed_uniform
+from ..core.share import place, writing
 
 # %% ../../nbs/distill/09_unroll.ipynb #cell-011
 def keyed_dropout(
@@ -37,7 +38,10 @@ class Snapshots:
     "A stack of the steps' parameter vectors, in memory or in a nameless file in the folder `spill`"
     def __init__(self, spill=None):
         self.stack, self.folder = [], spill
-        self.file = tempfile.TemporaryFile(dir=make_folder(spill)) if spill else None
+        self.file = None
+        if not spill: return
+        place(spill, "name another folder by spill, or None to keep them in memory")
+        with writing(spill): self.file = tempfile.TemporaryFile(dir=make_folder(spill))
 
     def push(self, vectors: list):
         "Put the vectors of a step on the stack"
@@ -53,12 +57,9 @@ class Snapshots:
 
     def _write(self, vector) -> Spilled:
         start = self.file.seek(0, 2)
-        try:
+        with writing(f"a trajectory to {self.folder}", vector.nbytes):
             self.file.write(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             self.file.flush()
-        except OSError as error:
-            raise OSError(f"cannot spill {vector.nbytes:,} bytes of a trajectory to {self.folder}: "
-                          f"{error.strerror or error}") from error
         return Spilled(start, vector.new_empty(0), vector.numel())
 
     def _read(self, place: Spilled) -> torch.Tensor:

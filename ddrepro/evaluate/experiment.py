@@ -25,7 +25,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 import ddrepro
 from ..core.files import DamagedFile, write_atomic, write_json
@@ -33,6 +32,9 @@ from ..core.locks import Busy, locked
 from ..core.provenance import short_hash, store_code
 from ..core.share import project_root
 from ..core.values import as_kind
+from ..core.progress import Progress
+from ..core.provenance import short_hash, store_code
+from ..core.share import place, project_root
 from ..core.workers import keep_freed_memory
 from ..distill.distilled import DistilledData
 from ..distill.loop import distill, distilled_from, own_code
@@ -102,7 +104,7 @@ def work_folder() -> Path:
     root = project_root()
     return root if root and Path.cwd().resolve().is_relative_to(root) else Path.cwd()
 
-def runs_folder() -> Path: return Path(os.environ.get("DDREPRO_RUNS") or work_folder() / "runs")
+def runs_folder() -> Path: return place(os.environ.get("DDREPRO_RUNS") or work_folder() / "runs", "set DDREPRO_RUNS to a folder elsewhere")
 
 def store_folder() -> Path: return runs_folder() / "store"
 
@@ -344,7 +346,7 @@ def run_each(
     shared = {rows_path(run, e): job_of(e, real, run, store or store_folder()) for e, run, _ in missing}
     jobs = [shared[rows_path(run, e)] | {"seeds": [(e.seed, k)]} for e, run, k in missing]
     device = resolve_device(asked_for(compute, "device"))
-    bar = tqdm(total=len(missing), desc="evaluation networks", disable=not progress or not missing)
+    bar = Progress("evaluation networks", total=len(missing), shown=progress)
     for (e, run, _), scores in zip(missing, task_of(real).score_each(jobs, device)):
         facts = row_facts(e, real, run)
         add_rows(run, e, pd.DataFrame([score | facts for score in scores]))

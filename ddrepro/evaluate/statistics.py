@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 # %% ../../nbs/evaluate/07_statistics.ipynb #cell-005
 def paired_difference(
@@ -21,6 +20,7 @@ def paired_difference(
     confidence: float = 0.95    # of the interval
 ) -> dict:                      # a, b, modality; difference, its standard error and interval (low, high), p; seeds, how many pairs
     "a − b over distillation seeds: mean difference, t interval, two-sided p-value"
+    from scipy.stats import t as student
     means = rows[rows.modality == modality].groupby(["row", "seed"]).accuracy.mean()
     names = means.index.get_level_values(0).unique()
     for name in (a, b):

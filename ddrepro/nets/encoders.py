@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.seeding import isolated_rng, keyed_uniform
-from ..core.share import choose, need
+from ..core.share import CannotWrite, choose, need, place, writing
 from .layers import HalfPool
 
 # %% ../../nbs/nets/05_encoders.ipynb #cell-006
@@ -165,6 +165,7 @@ def timm_encoder(
     if not pretrained: return build(pretrained=False)
     try:
         with hub(): return build(pretrained=True)
+    except CannotWrite: raise
     except (OSError, RuntimeError) as error:
         message = (f"pre-trained weights of {name} are not on this machine and cannot be fetched "
                    f"({type(error).__name__}). {FETCH}")
@@ -190,7 +191,9 @@ def hub():
     constants = need("huggingface_hub.constants", "encoders", "for pre-trained weights")
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
-    try: yield
+    cache = place(constants.HF_HUB_CACHE, "set HF_HOME to a folder elsewhere")
+    try:
+        with writing(cache): yield
     finally: constants.HF_HUB_OFFLINE = before
 
 # %% ../../nbs/nets/05_encoders.ipynb #cell-018

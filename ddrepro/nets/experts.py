@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ..core.files import DamagedFile, load_tensors, save_tensors
+from ..core.progress import Progress
 from ..core.provenance import short_hash, store_code
 from ..core.seeding import keyed_int
 from ..core.share import choose
@@ -140,7 +140,7 @@ class Buffer:
             self.snapshot(expert, epoch)
         needed = range(self.models) if only is None else only
         missing = [i for i in needed if not self.trajectories.complete(i, self.epochs)]
-        for _ in tqdm(self.train(missing), "experts", len(missing), disable=not (progress and missing)):
+        for _ in Progress("experts", self.train(missing), len(missing), shown=progress):
             self.trained += 1
         return self
 

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as pixels
-from torchvision.transforms import InterpolationMode
-from tqdm.auto import tqdm
 
 from ..core.arithmetic import steadily
+from ..core.progress import Progress
 from ..core.seeding import keyed, keyed_choice, keyed_uniform
 from ..core.share import choose
 from .contrastive import SCALE, contrastive_loss
@@ -111,7 +109,7 @@ MOVES = {
     "shift_y": dict(translate=(0, SHIFT_PIXELS)),
     "rotate": dict(angle=TURN_DEGREES),
 }
-TONES = {"autocontrast": pixels.autocontrast, "equalize": pixels.equalize}
+TONES = ("autocontrast", "equalize")     # functions of torchvision
 OPERATIONS = ("identity", "brightness", "sharpness", *TONES, *MOVES)
 
 def moved(
@@ -120,6 +118,8 @@ def moved(
     sign: int          # 1 or −1
 ) -> torch.Tensor:
     "Pictures sheared, shifted or turned; shears as the authors' from the upper left corner, turns about the middle"
+    import torchvision.transforms.v2.functional as pixels
+    from torchvision.transforms import InterpolationMode
     how = {k: sign * v if k == "angle" else [sign * a for a in v] for k, v in how.items()}
     settings = dict(angle=0., translate=[0, 0], scale=1., shear=[0., 0.]) | how
     return pixels.affine(x, **settings, interpolation=InterpolationMode.BILINEAR, fill=[128.] * x.shape[1],
@@ -130,6 +130,7 @@ def random_operations(
     seed: int, *indices, count: int = 2
 ) -> torch.Tensor:
     "Each picture after `count` operations, each of which is left out half the time"
+    import torchvision.transforms.v2.functional as pixels
     x = x.clone()
     for k in range(count):
         u = keyed_uniform((len(x), 3), seed, "pairs/operations", *indices, k)
@@ -137,7 +138,7 @@ def random_operations(
         sign = torch.where(u[:, 2] < .5, -1, 1)
         for j, name in enumerate(OPERATIONS):
             chosen = (drawn == j) & (u[:, 1] < .5)
-            if name in TONES and chosen.any(): x[chosen.to(x.device)] = TONES[name](x[chosen.to(x.device)])
+            if name in TONES and chosen.any(): x[chosen.to(x.device)] = getattr(pixels, name)(x[chosen.to(x.device)])
             for way in (-1, 1) if name in MOVES else ():
                 rows = (chosen & (sign == way)).to(x.device)
                 if rows.any(): x[rows] = moved(x[rows], MOVES[name], way)
@@ -178,7 +179,8 @@ def train_pairs(
     optimiser = pair_optimiser(net, recipe, rates)
     device, steps = texts.device, 0
     net.train()
-    for epoch in tqdm(range(recipe.epochs if epochs is None else epochs), desc=progress, disable=progress is None, leave=False):
+    passes = range(recipe.epochs if epochs is None else epochs)
+    for epoch in Progress(progress, passes, shown=progress is not None, leave=False):
         batches, total = pair_batches(image_of, recipe, seed, *indices, epoch), 0.
         for i, rows in enumerate(batches):
             key = (seed, *indices, epoch, i)

@@ -9,15 +9,13 @@ __all__ = ['TFIDF', 'PRETRAINED', 'TEXT_ENCODERS', 'count_words', 'TfidfText', '
 # %% ../../nbs/nets/06_text_encoders.ipynb #5579de5d
 import numpy as np
 import torch
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..core.arithmetic import steadily
 from ..core.files import load_tensors, save_tensors
+from ..core.progress import Progress
 from ..core.seeding import key_bits
-from ..core.share import choose, need
+from ..core.share import CannotWrite, choose, need
 from .encoders import FETCH, hub
 
 # %% ../../nbs/nets/06_text_encoders.ipynb #68e5d1e2
@@ -41,6 +39,7 @@ class TfidfText:
         scale: float,              # of every value
         name: str = "tfidf"        # of `TFIDF`
     ):
+        from sklearn.feature_extraction.text import CountVectorizer
         self.words, self.idf, self.components, self.scale, self.name = words, idf, components, scale, name
         self.counts = CountVectorizer(vocabulary=words, dtype=np.float64, **TFIDF[name])
         self.dim = len(components)
@@ -54,6 +53,8 @@ class TfidfText:
         name: str = "tfidf"    # of `TFIDF`
     ) -> "TfidfText":
         "From training captions"
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
         count = count_words(captions, name)
         vectorizer = TfidfVectorizer(**TFIDF[name])
         rows = vectorizer.fit_transform(captions)
@@ -135,7 +136,7 @@ class PretrainedText:
     ) -> torch.Tensor:        # (N, dim) on the CPU
         device = next(self.model.parameters()).device
         embeddings = [torch.empty(0, self.dim)]
-        for start in tqdm(range(0, len(texts), self.batch), desc=progress, disable=progress is None, leave=False):
+        for start in Progress(progress, range(0, len(texts), self.batch), shown=progress is not None, leave=False):
             batch = list(texts[start:start + self.batch])
             tokens = self.tokenizer(batch, return_tensors="pt", padding=True, truncation=True)
             tokens = {k: tokens[k].to(device) for k in ("input_ids", "attention_mask")}
@@ -156,6 +157,7 @@ def pretrained_text(
         with hub():
             model = getattr(transformers, kind).from_pretrained(source)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except CannotWrite: raise
     except OSError as error:
         raise OSError(f"weights of {source} for the text encoder {name} are not on this machine and cannot be fetched. "
                       f"{FETCH} `weights` may also name a folder; the encoder 'tfidf' needs none.") from error

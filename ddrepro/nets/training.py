@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, stack_module_state, vmap
-from tqdm.auto import tqdm
 
 from ..core.arithmetic import steadily
+from ..core.progress import Progress
 from ..core.seeding import isolated_rng, keyed_choice
 from ..core.share import choose
 from ..data.augment import FAMILIES, apply_cutmix, augment, draw_augmentation, draw_cutmix
@@ -159,7 +159,7 @@ def train(
     optimiser = make_optimiser(dict(net.named_parameters()), recipe)
     base = [g["lr"] for g in optimiser.param_groups]
     steps = 0
-    for epoch in tqdm(range(epochs or recipe.epochs), desc=progress, disable=progress is None, leave=False):
+    for epoch in Progress(progress, range(epochs or recipe.epochs), shown=progress is not None, leave=False):
         set_rates(optimiser, recipe, base, epoch)
         net.train()
         total = 0.
@@ -292,7 +292,7 @@ def train_together(
     base = [g["lr"] for g in optimiser.param_groups]
     passes = epochs or recipe.epochs
     steps = 0
-    for epoch in tqdm(range(passes), desc=progress, disable=progress is None, leave=False):
+    for epoch in Progress(progress, range(passes), shown=progress is not None, leave=False):
         set_rates(optimiser, recipe, base, epoch)
         for i, rows in enumerate(zip(*[shuffled(labels, recipe, *key, epoch) for key in keys])):
             batches = [training_batch(inputs, labels, chosen, recipe, strategy, *key, epoch, i)

@@ -158,6 +158,8 @@ class AVDDPaper(Paper):
         if not params["methods"] and not params["tables"]:
             raise ValueError(f"methods is empty; give some of {', '.join(self.methods)}")
 
+    def data_sets(self, params): return [params["dataset"]]
+
     def load(self, params):
         known = entries()[params["dataset"]]
         if not known.where(): print(f"{known.name} was not found on this machine: {known.source}")

@@ -154,12 +154,17 @@ def figures(self: DSDMPaper, params: dict) -> list:
     return params["figure"] if params["table"] or params["figure"] else list(DSDM_FIGURES)
 
 @patch
-def load(self: DSDMPaper, params: dict) -> list:
+def data_sets(self: DSDMPaper, params: dict) -> list:
     sets = self.paper_sets if params["profile"] == "paper" else self.sets
-    names, loaded = [], []
+    names = []
     if set(self.tables(params)) - {2} or self.figures(params): names += params["dataset"] or [sets["image"]]
     if 2 in self.tables(params): names.append(params["speech"] or sets["sound"])
-    for name in names:
+    return names
+
+@patch
+def load(self: DSDMPaper, params: dict) -> list:
+    loaded = []
+    for name in self.data_sets(params):
         cut = params["train_per_class"] and name not in self.sets.values()      # those are small, and whole
         loaded.append(load_data(name, train_per_class=params["train_per_class"]) if cut else load_data(name))
     return loaded

@@ -8,6 +8,7 @@ __all__ = ['Cell', 'Line', 'OnData', 'Paper', 'check_device', 'as_in_tables', 'P
 # %% ../../nbs/papers/plan.ipynb #b00cc216
 import html
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from fastcore.basics import patch
 from IPython.display import HTML
 
 from ..core.provenance import short_hash
-from ..core.share import choose
+from ..core.share import choose, place
+from ..data.registry import entry
 from ddrepro.evaluate.experiment import (
     Experiment,
     distillation_run,
@@ -67,6 +69,10 @@ class Paper:
     def check(self, params: dict):
         "Raise ValueError for values that cannot work, before data are loaded; names become those of the tables"
 
+    def data_sets(self, params: dict) -> list:
+        "Names of the registered data sets that `load` loads; where none is given, nothing on data is checked before the notebook runs"
+        return []
+
     def load(self, params: dict) -> list:
         "The data sets of a request"
         raise TypeError(f"{type(self).__name__} does not define load")
@@ -106,8 +112,8 @@ def published(self: Paper, table: str = None, dataset: str = None) -> pd.DataFra
     return published(self.name, table, dataset)
 
 @patch
-def check_request(self: Paper, params: dict) -> "Plan":
-    "The plan of a request; ValueError for what cannot work, before anything is computed"
+def check_values(self: Paper, params: dict):
+    "Raise ValueError for what cannot work whatever the data; names become those of the tables"
     choose("profile", params["profile"], self.profiles)
     check_device(params["device"])
     for name, least in self.counts.items():
@@ -115,6 +121,20 @@ def check_request(self: Paper, params: dict) -> "Plan":
         for number in values:
             if number < least: raise ValueError(f"{name} must be at least {least}, got {number}")
     self.check(params)
+
+@patch
+def check_early(self: Paper, params: dict):
+    """What the command asks before it starts the notebook, in seconds: all that needs no data, and all the rest where the data are embedded,
+    or not here, so that loading refuses or fetches them"""
+    params = deepcopy(params)
+    self.check_values(params)
+    places = [entry(name).where() for name in self.data_sets(params)]
+    if places and set(places) <= {"embedded", ""}: self.check_request(params)
+
+@patch
+def check_request(self: Paper, params: dict) -> "Plan":
+    "The plan of a request; ValueError for what cannot work, before anything is computed"
+    self.check_values(params)
     plan = Plan(self, params, [])
     for real in self.load(params):
         first, settings = not plan.parts, self.settings(params, real)
@@ -127,9 +147,13 @@ def check_request(self: Paper, params: dict) -> "Plan":
 
 def check_device(device: str):
     "Raise ValueError for a device that torch does not have here"
-    if device.split(":")[0] not in ("auto", "cpu", "cuda"): choose("device", device, ("auto", "cpu", "cuda"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for and torch finds no CUDA GPU; use 'cpu' or 'auto'")
+    kind, colon, index = device.partition(":")
+    if kind != "cuda" or colon and not index.isdecimal(): choose("device", device, ("auto", "cpu", "cuda"))
+    if kind != "cuda": return
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for and torch finds no CUDA GPU; use 'cpu' or 'auto'")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} was asked for and torch finds {torch.cuda.device_count()} CUDA GPU(s), counted from cuda:0")
 
 def as_in_tables(name: str, values: list, allowed) -> list:
     "The values of a parameter as tables write them, whatever their case; an unknown one is refused"
@@ -162,7 +186,7 @@ class Plan:
     @property
     def runs(self) -> Path:
         "Where runs go; the store lies there"
-        return Path(self.params["out"]) if self.params.get("out") else runs_folder()
+        return place(self.params["out"], "name another folder by out") if self.params.get("out") else runs_folder()
 
     @property
     def where(self) -> dict:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VL_ENCODERS', 'SMALL_ENCODERS', 'ENCODERS', 'TEXTS', 'VL_TABLES', 'VL_PRINTED', 'IN_SMALL', 'VL_TITLES', 'VL_ABOUT',
-           'VL_BASELINES', 'VL_PROFILES', 'PAIR_RATES', 'SHARED_FIELDS', 'VLDD_FIELDS', 'NOT_ASKED', 'VL_CLAIMS',
-           'VLDD_PAPER', 'start_lines', 'VLSettings', 'whole_data', 'why_no_image', 'why_no_text', 'why_not',
-           'unpublished', 'line_of', 'choices_of', 'lines_of', 'VLDDPaper', 'check_seeds', 'learned_rates',
-           'final_recalls', 'recall_claims', 'trained_otherwise', 'scored_otherwise', 'counted']
+           'VL_BASELINES', 'VL_PROFILES', 'PAIR_RATES', 'SHARED_FIELDS', 'VLDD_FIELDS', 'NOT_ASKED', 'SIZED',
+           'VL_CLAIMS', 'VLDD_PAPER', 'start_lines', 'VLSettings', 'whole_data', 'why_no_image', 'why_no_text',
+           'why_not', 'unpublished', 'line_of', 'choices_of', 'lines_of', 'VLDDPaper', 'learned_rates', 'final_recalls',
+           'recall_claims', 'trained_otherwise', 'scored_otherwise', 'counted']
 
 # %% ../../nbs/papers/vldd.ipynb #642bfdf2
 from dataclasses import dataclass, field, replace
@@ -215,6 +215,8 @@ def lines_of(params: dict, s: VLSettings, table: str) -> list:
     return [line_of(s, n, choices[n]) for n in asked] + others
 
 # %% ../../nbs/papers/vldd.ipynb #6ddd05cf
+SIZED = ("flickr30k", "coco", "caption_csv")     # read at any size
+
 class VLDDPaper(Paper):
     name = "vldd"
     title = "Vision-language dataset distillation (Wu, Zhang, Deng, Russakovsky, TMLR 2024): poster and project page"
@@ -238,11 +240,16 @@ class VLDDPaper(Paper):
             raise ValueError(f"split={params['split']!r} names a column of caption_csv's table: give dataset caption_csv and file, "
                              "or leave split out")
 
+        if params["size"] and self.data_sets(params)[0] not in SIZED:
+            raise ValueError(f"size is for {', '.join(SIZED)}; the pictures of {self.data_sets(params)[0]} have one size")
+        self.check_seeds(params)
+
+    def data_sets(self, params): return [params["dataset"] or self.sets[params["profile"]]]
+
     def load(self, params):
-        name = params["dataset"] or self.sets[params["profile"]]
+        name, = self.data_sets(params)
         options = {k: params[k] for k in ("file", "split") if params[k]}
-        if name in ("flickr30k", "coco", "caption_csv"): options["size"] = self.value(params, "size")
-        elif params["size"]: raise ValueError(f"size is for flickr30k, coco and caption_csv; the pictures of {name} have one size")
+        if name in SIZED: options["size"] = self.value(params, "size")
         real, most = load_data(name, **options), self.value(params, "train_images")
         if most and most < len(real.train):
             rows = np.sort(keyed_choice(len(real.train), most, 0, "vldd_report/train"))
@@ -277,16 +284,17 @@ def cells(self: VLDDPaper, params: dict, settings: VLSettings, lines: dict, firs
             for pairs in [0] if whole else s.pairs:
                 for seed in range(1 if whole else s.seeds):
                     cells.append(Cell(table, s.experiment(line.name, pairs, seed, **line.changes)))
-    check_seeds(s, cells)
     return cells
 
-def check_seeds(s: VLSettings, cells: list):
+@patch
+def check_seeds(self: VLDDPaper, params: dict):
     "Refuse more distillation seeds than experts where a coreset is chosen by an expert: it would count twice"
-    by_experts = sorted({c.experiment.label for c in cells if c.experiment.label in VL_BASELINES[1:]})
-    experts = s.configured("vldd", 100).experts
-    if by_experts and s.seeds > experts:
-        raise ValueError(f"seeds={s.seeds} with {experts} experts: {', '.join(by_experts)} would choose the same pairs twice; "
-                         f"use as many experts (-p experts {s.seeds})")
+    asked = params["methods"] or VL_TABLES["baselines"] if "baselines" in (params["table"] or VL_TABLES) else ()
+    by_experts = sorted(name for name in asked if name in VL_BASELINES[1:])
+    seeds, experts = self.value(params, "seeds"), params["experts"] or self.profiles[params["profile"]]["shared"]["experts"]
+    if by_experts and seeds > experts:
+        raise ValueError(f"seeds={seeds} with {experts} experts: {', '.join(by_experts)} would choose the same pairs twice; "
+                         f"use as many experts (-p experts {seeds})")
 
 # %% ../../nbs/papers/vldd.ipynb #25595692
 def learned_rates(runs: dict) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from .. import __version__
-from ..core.share import need, share_path
+from ..core.share import need, share_path, writing
 
 # %% ../../nbs/report/08_report.ipynb #cell-005
 nbformat = need("nbformat", "notebooks", "to render reports")
@@ -225,17 +225,16 @@ def write_page(
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(share_path("data/report")), autoescape=True)
     css = share_path("data/report/report.css").read_text(encoding="utf-8") + code_colours()
     page = environment.get_template(template).render(css=markupsafe.Markup(css), version=__version__, **fields)
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"cannot write {path}: {path.parent} is not a folder") from None
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file: file.write(page)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with writing(path, kept="what was there before is untouched"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8") as file: file.write(page)
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
     return path
 
 # %% ../../nbs/report/08_report.ipynb #cell-029

@@ -21,12 +21,12 @@ from urllib.request import urlopen
 import numpy as np
 import soundfile
 import torch
-from torchvision.datasets import MNIST
-from tqdm.auto import tqdm
 
 from ...core.files import DamagedFile, write_atomic
+from ...core.progress import Progress
 from ...core.seeding import keyed_choice
 from ...core.values import whole_number
+from ...core.share import is_write_failure, place, writing
 from ..real import DIGITS, Normalisation, Part, RealData, carve
 from ..registry import data_root, dataset
 from .digits_av import NAMES, check_sha, read_arrays
@@ -94,7 +94,7 @@ def download(url: str, timeout: float = 60) -> bytes:
     try:
         with urlopen(url, timeout=timeout) as answer:
             length = answer.length
-            with tqdm(total=length, desc=url.split("/")[-1], unit="B", unit_scale=True) as bar:
+            with Progress(url.split("/")[-1], total=length, unit="B") as bar:
                 while block := answer.read(1 << 16): bar.update(content.write(block))
     except (OSError, HTTPException) as error: raise ConnectionError(f"cannot download {url} ({error})") from error
     if length not in (None, content.tell()):
@@ -129,9 +129,11 @@ def fetch_fsdd(folder, url: str, expected: dict) -> Path:
 # %% ../../../nbs/data/sets/12_av_mnist.ipynb #cell-018
 def fetch_mnist(folder, expected: dict):
     "Download MNIST through torchvision, prove it and write its two packs into `folder`"
-    with tempfile.TemporaryDirectory() as scratch:
+    from torchvision.datasets import MNIST
+    with writing(place(tempfile.gettempdir(), "set TMPDIR to a folder elsewhere")), tempfile.TemporaryDirectory() as scratch:
         try: parts = {p: MNIST(scratch, train=p == "train", download=True) for p in ("train", "test")}
         except (RuntimeError, OSError, ValueError, HTTPException) as error:
+            if is_write_failure(error): raise
             raise ConnectionError(f"cannot download MNIST ({error})") from error
     for p, part in parts.items():
         save_pack(Path(folder) / f"mnist_{p}.npz", dict(images=part.data.numpy(), labels=part.targets.numpy()),

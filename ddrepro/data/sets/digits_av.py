@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['NAMES', 'SOUNDS', 'AUDIO_SHA', 'IMAGES_SHA', 'NO_PACK', 'CLUTTER', 'CLUTTER_INK', 'DIGIT_SHIFT', 'NOISE_STD',
            'SNR_DB', 'GAIN_DB', 'COUNTS', 'read_arrays', 'check_sha', 'load_sounds', 'make_images', 'make_wave',
-           'pair_sounds', 'PairIndices', 'load_parts', 'scikit_digits', 'digits_av']
+           'pair_sounds', 'PairIndices', 'load_parts', 'Digits', 'scikit_digits', 'digits_av']
 
 # %% ../../../nbs/data/sets/11_digits_av.ipynb #cell-003
+import gzip
 import hashlib
 import lzma
 import struct
 import zipfile
 import zlib
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 
 from ...core.files import DamagedFile
 from ...core.seeding import keyed, keyed_choice
@@ -143,9 +145,16 @@ def load_parts(digits, sounds: dict) -> dict[str, PairIndices]:
     return parts
 
 # %% ../../../nbs/data/sets/11_digits_av.ipynb #135d2e13
-def scikit_digits():
-    "scikit-learn's handwritten digits, proved: `images` (1797, 8, 8) in 0…16 and `target` (1797,)"
-    digits = load_digits()
+class Digits(NamedTuple):
+    "scikit-learn's handwritten digits"
+    images: np.ndarray   # (1797, 8, 8) in 0…16
+    target: np.ndarray   # (1797,)
+
+def scikit_digits() -> Digits:
+    "scikit-learn's handwritten digits, proved, and read from its file: to import it takes longer"
+    file = Path(find_spec("sklearn").origin).parent / "datasets/data/digits.csv.gz"
+    with gzip.open(file, "rt") as lines: table = np.loadtxt(lines, delimiter=",")
+    digits = Digits(table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int))
     check_sha("scikit-learn's digits", digits.images.astype("<f8"), IMAGES_SHA)
     return digits
 

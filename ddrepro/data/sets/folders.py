@@ -12,13 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import center_crop, resize
-from tqdm.auto import tqdm
 
 from ...core.values import number_between, scalar, whole_number
 from ..augment import check_strategy
 from ..folder_parts import check_folder, check_val_as, find_parts, folder_name, folder_notes, split_files
 from ..folder_walk import PICTURE_FILES
+from ...core.progress import Progress
+from ...core.seeding import keyed_choice
+from ...core.share import choose
 from ..pictures import read_image, readable
 from ..real import FULL, Normalisation, Part, RealData
 from ..registry import dataset
@@ -29,6 +30,7 @@ def to_square(
     size: int
 ) -> torch.Tensor:   # (channels, size, size) bytes
     "Shorter side to `size`, then the middle"
+    from torchvision.transforms.functional import center_crop, resize
     pixels = np.asarray(center_crop(resize(image, size), size))
     return torch.from_numpy(pixels.reshape(size, size, -1).transpose(2, 0, 1).copy())
 
@@ -48,7 +50,7 @@ def read_classes(
     "The files of each class, read into one part"
     files = [path for of_class in classes for path in of_class]
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
-    for i, path in enumerate(tqdm(files, desc="reading", unit="image")):
+    for i, path in enumerate(Progress("reading", files, unit="image")):
         images[i] = to_square(read_image(path, channels), size)
     return Part({"image": images}, torch.repeat_interleave(torch.tensor([len(of_class) for of_class in classes])))
 

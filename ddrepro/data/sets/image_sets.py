@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FASHION', 'OBJECTS', 'FINE', 'IMAGE_SETS', 'JPEG_REMARK', 'PROOFS', 'TORCHVISION', 'ARCHIVES', 'SITE', 'REMEDY',
            'TEN_BATCHES', 'limit_train', 'digits', 'ImageSet', 'pack_names', 'find_packs', 'decode_jpegs', 'ImagePart',
-           'read_packs', 'downloads', 'raw_files', 'has_files', 'how_to_get_images', 'read_torchvision', 'check_md5',
-           'obtain_file', 'read_svhn', 'read_cifar', 'where_images', 'PublishedImages', 'read_images', 'load_images',
-           'image_entry', 'mnist', 'fashion_mnist', 'svhn', 'cifar10', 'cifar10_zca', 'cifar100', 'cifar100_zca']
+           'read_packs', 'torchvision_set', 'downloads', 'raw_files', 'has_files', 'how_to_get_images',
+           'read_torchvision', 'check_md5', 'obtain_file', 'read_svhn', 'read_cifar', 'where_images', 'PublishedImages',
+           'read_images', 'load_images', 'image_entry', 'mnist', 'fashion_mnist', 'svhn', 'cifar10', 'cifar10_zca',
+           'cifar100', 'cifar100_zca']
 
 # %% ../../../nbs/data/sets/14_image_sets.ipynb #cell-003
 import hashlib
@@ -22,13 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from scipy.io import loadmat
-from torchvision.datasets import MNIST, FashionMNIST
-from tqdm.auto import tqdm
 
 from ...core.files import DamagedFile, write_atomic
 from ...core.share import choose
 from ...core.values import number_between
+from ...core.progress import Progress
+from ...core.share import cannot_write, choose, is_write_failure
 from ..real import DIGITS, FULL, Normalisation, Part, RealData, from_tensors
 from ..registry import data_root, dataset
 from .av_mnist import MNIST_NORMALISATION, SHA, advice, check_most, find_pack, limit_classes, read_pack
@@ -129,7 +129,7 @@ def decode_jpegs(
     "Unpack JPEG files"
     content = jpeg.tobytes()
     images = np.empty((len(offsets) - 1, 3, 32, 32), np.uint8)
-    for i in tqdm(range(len(images)), desc="decoding", unit="image"):
+    for i in Progress("decoding", range(len(images)), unit="image"):
         with Image.open(io.BytesIO(content[offsets[i]:offsets[i + 1]]), formats=["JPEG"]) as image:
             images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     return images
@@ -146,7 +146,13 @@ def read_packs(paths: dict[str, Path], proofs: dict) -> dict[str, ImagePart]:
             for p, x in packs.items()}
 
 # %% ../../../nbs/data/sets/14_image_sets.ipynb #cell-022
-TORCHVISION = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}     # its classes
+
+def torchvision_set(name: str) -> type:
+    "torchvision's class of a set"
+    from torchvision import datasets
+    return getattr(datasets, TORCHVISION[name])
+
 ARCHIVES = {"svhn": {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
                      "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
             "cifar10": {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
@@ -162,7 +168,7 @@ def downloads(root=None) -> Path:
 
 def raw_files(name: str, root=None) -> list[Path]:
     "The unpacked files torchvision reads"
-    kind = TORCHVISION[name]
+    kind = torchvision_set(name)
     return [downloads(root) / kind.__name__ / "raw" / file.removesuffix(".gz") for file, _ in kind.resources]
 
 def has_files(name: str, root=None) -> bool:
@@ -176,7 +182,7 @@ def how_to_get_images(name: str, root=None) -> str:
     packs = " and ".join(pack_names(name).values())
     first = f"set DDREPRO_DATA to a folder that holds {packs}; or " if packs else ""
     if name in ARCHIVES: files = f"{', '.join(ARCHIVES[name])} from {SITE[name]}"
-    else: files = f"torchvision's folder {TORCHVISION[name].__name__}"
+    else: files = f"torchvision's folder {TORCHVISION[name]}"
     return (f"Either {first}put {files} into {downloads(root)}; "
             f"or call load_data({name!r}) on a machine with a network, which downloads into that folder, "
             "and copy it here.")
@@ -186,10 +192,11 @@ def read_torchvision(name: str, root=None, download: bool = True) -> dict[str, I
     "Part → images and labels, proved; downloaded first where they are not there"
     there = has_files(name, root)
     if not there and not download: raise FileNotFoundError(f"{name} is not there. {how_to_get_images(name, root)}")
-    kind = TORCHVISION[name]
+    kind = torchvision_set(name)
     try: parts = {p: kind(downloads(root), train=p == "train", download=not there) for p in ("train", "test")}
     except (RuntimeError, OSError, ValueError, AssertionError, KeyError, HTTPException) as error:
         if there: raise DamagedFile(f"{raw_files(name, root)[0].parent} is damaged ({error}){REMEDY}") from None
+        if is_write_failure(error): raise cannot_write(downloads(root), error) from error
         raise ConnectionError(f"cannot download {name} ({error}). {how_to_get_images(name, root)}") from error
     proved = {}
     for p, part in parts.items():
@@ -234,6 +241,7 @@ def obtain_file(
 # %% ../../../nbs/data/sets/14_image_sets.ipynb #cell-028
 def read_svhn(train: bytes, test: bytes) -> dict[str, ImagePart]:
     "Part → images (N, 3, 32, 32) and labels, from the two .mat files"
+    from scipy.io import loadmat
     parts = {}
     for p, content in (("train", train), ("test", test)):
         matrices = loadmat(io.BytesIO(content))
