@@ -18,11 +18,6 @@ import soundfile
 import torch
 from fastcore.basics import patch
 
-from ..core.files import DamagedFile, digest, load_tensors, make_folder, read_json, save_tensors, write_json
-from ..core.share import choose
-from ..core.values import plain, whole_number
-from ..data.formation import ORDERS, decode, per_canvas
-from ..data.gate import Gate, as_tensor, check_all_finite, class_names
 from ddrepro.core.files import (
     DamagedFile,
     digest,
@@ -33,7 +28,10 @@ from ddrepro.core.files import (
     write_atomic,
     write_json,
 )
-from ..data.formation import decode, per_canvas
+from ..core.share import choose
+from ..core.values import plain, whole_number
+from ..data.formation import ORDERS, decode, per_canvas
+from ..data.gate import Gate, as_tensor, check_all_finite, class_names
 from ..data.real import Normalisation, Whitening
 from ..data.registry import TASK_NAMES
 from ..data.signals import signal_facts, signal_from, to_wave

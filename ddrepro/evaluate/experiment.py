@@ -29,12 +29,10 @@ from fastcore.basics import patch
 import ddrepro
 from ..core.files import DamagedFile, write_atomic, write_json
 from ..core.locks import Busy, locked
-from ..core.provenance import short_hash, store_code
-from ..core.share import project_root
-from ..core.values import as_kind
 from ..core.progress import Progress
 from ..core.provenance import short_hash, store_code
 from ..core.share import place, project_root
+from ..core.values import as_kind
 from ..core.workers import keep_freed_memory
 from ..distill.distilled import DistilledData
 from ..distill.loop import distill, distilled_from, own_code

@@ -37,6 +37,7 @@ def beyond(distance: float, error: float, seeds: int) -> float:
     "One-sided p-value of a mean that lies so far beyond a bound, negative for short of it; NaN for one seed"
     if seeds < 2: return np.nan
     if error == 0: return .5 if distance == 0 else float(distance < 0)
+    from scipy.stats import t as student
     return student.sf(distance / error, seeds - 1)
 
 # %% ../../nbs/evaluate/07_statistics.ipynb #cell-008

@@ -24,6 +24,7 @@ TFIDF = {"tfidf": {}, "tfidf_char": dict(analyzer="char_wb", ngram_range=(1, 3))
 
 def count_words(captions: list, name: str = "tfidf") -> int:
     "Different words, or runs of characters, of some captions; ValueError where there is none"
+    from sklearn.feature_extraction.text import CountVectorizer
     try: return len(CountVectorizer(**TFIDF[name]).fit(captions).vocabulary_)
     except ValueError:
         raise ValueError("the captions hold no word of two letters or more for the text encoder 'tfidf'; "
@@ -95,6 +96,7 @@ def unknown_share(
     name: str = "tfidf"    # of `TFIDF`
 ) -> float:
     "Share of captions that hold no word, or run of characters, of the training captions"
+    from sklearn.feature_extraction.text import CountVectorizer
     analyse = CountVectorizer(**TFIDF[name]).build_analyzer()
     known = {word for caption in training for word in analyse(caption)}
     return float(np.mean([known.isdisjoint(analyse(caption)) for caption in captions]))

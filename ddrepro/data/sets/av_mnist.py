@@ -25,8 +25,8 @@ import torch
 from ...core.files import DamagedFile, write_atomic
 from ...core.progress import Progress
 from ...core.seeding import keyed_choice
-from ...core.values import whole_number
 from ...core.share import is_write_failure, place, writing
+from ...core.values import whole_number
 from ..real import DIGITS, Normalisation, Part, RealData, carve
 from ..registry import data_root, dataset
 from .digits_av import NAMES, check_sha, read_arrays

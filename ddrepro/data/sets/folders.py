@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...core.progress import Progress
 from ...core.values import number_between, scalar, whole_number
 from ..augment import check_strategy
 from ..folder_parts import check_folder, check_val_as, find_parts, folder_name, folder_notes, split_files
 from ..folder_walk import PICTURE_FILES
-from ...core.progress import Progress
-from ...core.seeding import keyed_choice
-from ...core.share import choose
 from ..pictures import read_image, readable
 from ..real import FULL, Normalisation, Part, RealData
 from ..registry import dataset
