@@ -18,9 +18,9 @@ from ..data.formation import ORDERS
 from ..data.real import check_strategy
 from .coresets import STARTS, initial
 from .distilled import UnusableRate, guard_rates
-from .mean_store import RealMeans
+from .mean_store import RealFeatures, RealMeans
 from .method import STEP_RULES, Context, Diverged, Method
-from .moments import Sampler, real_features, same, synthetic_features, synthetic_means
+from .moments import Draws, Sampler, same, synthetic_features, synthetic_means
 from .sources import random_nets
 from .unroll import trajectory_loss, unroll
 from ..nets.experts import Segments
@@ -34,14 +34,16 @@ class MeanMatching(Method):
     lr: float = 1.0                    # of the synthetic samples
     lr_factor: float = 1.0             # multiplies lr: controls match another method's gradient scale
     momentum: float = 0.5
-    batch: int = 256                   # real samples a class; fewer where the class has fewer
+    batch: int = 256                   # real samples a class; fewer where the class has fewer; 0: the whole class
     width: int = 128                   # of the matching networks
     start_from: str = "random"         # "random", "first", "herding", "kcenter" or "noise"
     share_augmentation: bool = False   # one ω for all classes of an iteration
     strategy: str = None               # DSA string; default the data's
     step_rule: str = "sum"             # "sum", "per_class_shared", "per_class_own"
     selection_seed: int = None         # of herding's embedding networks; default the run's seed
+    draws: int = 0                     # K matching draws, gone through again and again (E-17); 0: ever new ones
 
+    added = ("draws",)
     real_statistics = "means"
     precisions = ("float32", "bfloat16", "float64")
     compiles = True
@@ -61,6 +63,7 @@ def check(self: MeanMatching, real):
     choose("start_from", self.start_from, STARTS)
     choose("step_rule", self.step_rule, STEP_RULES)
     check_steps(self.lr, self.momentum)
+    self.at_least(batch=0, draws=0)
 
 def check_steps(lr: float, momentum: float):
     "Raise ValueError for a rate or momentum with which SGD cannot work"
@@ -87,11 +90,12 @@ def strategy_on(self: MeanMatching, real) -> str: return real.strategy if self.s
 @patch
 def prepare(self: MeanMatching, context: Context):
     real, strategy = context.real, self.strategy_on(context.real)
-    context.source = random_nets(real.shapes, self.width, context.seed)
-    context.sampler = Sampler(self.batch, strategy, share_augmentation=self.share_augmentation, seed=context.seed)
+    context.draws = draws = Draws(self.draws, context.seed)
+    context.source = random_nets(real.shapes, self.width, draws.made_by)
+    context.sampler = Sampler(self.batch, strategy, share_augmentation=self.share_augmentation, seed=draws.made_by)
     context.means = RealMeans(real, context.source, context.sampler, context.compute, context.store)
     widths = {m: feature_width(context.source.specs[m], shape) for m, shape in real.shapes.items()}
-    size = context.means.open(context.classes, self.iterations, widths)
+    size = context.means.open(context.classes, draws.most(self.iterations), widths)
     if context.store and self.iterations: print(size)
 
 @patch
@@ -101,11 +105,11 @@ def class_means(
     t: int
 ) -> tuple:     # (real, synthetic): modality → (classes, d)
     "Real and synthetic means of iteration `t`"
-    real, synthetic = {}, {}
+    real, synthetic, draw = {}, {}, context.draws.at(t)
     for m, canvases in S.items():
-        net = context.source.at(t, m, context.compute.device)
-        synthetic[m] = synthetic_means(canvases, net, context.sampler, t, context.classes, self.factor, context.compute)
-        real[m] = context.means.at(t, context.classes, m, net)
+        net = context.source.at(draw, m, context.compute.device)
+        synthetic[m] = synthetic_means(canvases, net, context.sampler, draw, context.classes, self.factor, context.compute)
+        real[m] = context.means.at(draw, context.classes, m, net)
     return real, synthetic
 
 @patch
@@ -149,7 +153,7 @@ class FeatureMatching(Method):
     factor: int = 2
     lr: float = 1.0                 # of the synthetic samples
     momentum: float = 0.5
-    batch: int = 256                # real samples a class
+    batch: int = 256                # real samples a class; 0: the whole class
     width: int = 128                # of the matching networks
     order: str = "rows"             # of a canvas; sounds are always cut along time
     start_from: str = "random"      # "random", "first", "herding", "kcenter" or "noise"
@@ -157,7 +161,9 @@ class FeatureMatching(Method):
     strategy: str = None            # of matching; default color_crop_cutout, none for sounds
     step_rule: str = "per_class_shared"   # or "sum", "per_class_own"
     selection_seed: int = None      # of herding's embedding networks
+    draws: int = 0                  # K matching draws, gone through again and again (E-17); 0: ever new ones
 
+    added = ("draws",)
     real_statistics = "features"
     precisions = ("float32", "bfloat16", "float64")
     compiles = True
@@ -201,7 +207,7 @@ def check(self: FeatureMatching, real):
     choose("step_rule", self.step_rule, STEP_RULES)
     choose("shrink", self.shrink, ("bilinear", "nearest"))
     check_strategy(self.strategy or "")
-    self.at_least(batch=1, width=1)
+    self.at_least(batch=0, width=1, draws=0)
     for m in real.modalities: check_steps(self.rate(real, m), self.momentum)
 
 @patch
@@ -218,7 +224,7 @@ def rules(self: FeatureMatching, context: Context) -> dict:
 @patch
 def networks(self: FeatureMatching, context: Context):
     "The source of networks: new random ones every iteration"
-    return random_nets(context.real.shapes, self.width, context.seed)
+    return random_nets(context.real.shapes, self.width, context.draws.made_by)
 
 @patch
 def strategy_on(self: FeatureMatching, real) -> str:
@@ -227,8 +233,15 @@ def strategy_on(self: FeatureMatching, real) -> str:
 
 @patch
 def prepare(self: FeatureMatching, context: Context):
+    context.draws = Draws(self.draws, context.seed)
     context.source, strategy = self.networks(context), self.strategy_on(context.real)
-    context.sampler = Sampler(self.batch, strategy, share_augmentation=False, seed=context.seed, family="diffaug", stream="permutations")
+    context.sampler = Sampler(self.batch, strategy, share_augmentation=False, seed=context.draws.made_by, family="diffaug",
+                              stream="permutations")
+    context.features = RealFeatures(context.real, context.source, context.sampler, context.compute, self.taps, context.store)
+    if not self.draws or context.store is None or not self.iterations: return
+    empty = {m: torch.zeros(1, *shape, device=context.compute.device) for m, shape in context.real.shapes.items()}
+    widths = {m: self.network(context, m, 0)(x).shape[1] for m, x in empty.items()}
+    print(context.features.open(context.classes, context.draws.most(self.iterations), widths))
 
 @patch
 def start(self: FeatureMatching, context: Context) -> tuple:
@@ -245,35 +258,31 @@ def as_pixels(self: FeatureMatching, real, modality: str, x: torch.Tensor) -> to
 
 # %% ../../nbs/distill/11_families.ipynb #7a1a1a71
 @patch
-def network(self: FeatureMatching, context: Context, modality: str, t: int) -> nn.Module:
-    "The network of iteration `t`, looked at where the method looks"
-    net = context.source.at(t, modality, context.compute.device)
+def network(self: FeatureMatching, context: Context, modality: str, draw: int) -> nn.Module:
+    "The network of a draw, looked at where the method looks"
+    net = context.source.at(draw, modality, context.compute.device)
     return net if self.taps == ("flat",) else TappedNet(net, self.taps)
-
-@patch
-def real_side(self: FeatureMatching, context: Context, modality: str, net: nn.Module, t: int) -> list:
-    "Features (B, d) of every class's real batch"
-    return [real_features(context.real, net, context.sampler, modality, t, c, context.compute) for c in context.classes]
 
 @patch
 def synthetic_side(
     self: FeatureMatching, context: Context, modality: str,
     canvases: torch.Tensor,         # (classes, IPC, ch, H, W)
-    net: nn.Module, t: int,
+    net: nn.Module, draw: int,
     stream: str = "matching/dsa"    # of the augmentation; the real side's is the default
 ) -> list:                          # a class: (n, d), with gradient
     "Features of every class's synthetic samples"
     real = context.real
     normalise = same if modality in real.signals else real.normalisation[modality]
-    return synthetic_features(canvases, net, context.sampler, t, context.classes, self.factor, context.compute,
+    return synthetic_features(canvases, net, context.sampler, draw, context.classes, self.factor, context.compute,
                               order=self.order_on(real), normalise=normalise, stream=stream)
 
 @patch
 def loss(self: FeatureMatching, context: Context, S: dict, state: dict, t: int) -> torch.Tensor:
-    total = 0.
+    total, draw = 0., context.draws.at(t)
     for m, canvases in S.items():
-        net = self.network(context, m, t)
-        real, synthetic = self.real_side(context, m, net, t), self.synthetic_side(context, m, canvases, net, t)
+        net = self.network(context, m, draw)
+        real = context.features.at(draw, context.classes, m, net)
+        synthetic = self.synthetic_side(context, m, canvases, net, draw)
         if self.taps == ("flat",): total = total + self.match(real, synthetic)
         else: total = total + self.match_taps([net.split(x) for x in real], [net.split(x) for x in synthetic])
     return total

@@ -74,6 +74,7 @@ class Method:
     clamp = None                       # (low, high) applied to S at the start of every iteration
     precisions = ("float32", "float64")   # it computes in; "bfloat16" too where features come from `moments.forward`
     compiles = False                   # whether torch.compile has a part in it
+    added = ()                         # fields that came later: left out of the specification at their default, as before
 
     def __post_init__(self):
         for f in fields(self):
@@ -100,7 +101,9 @@ def defaults(
 @patch
 def spec(self: Method) -> dict:
     "The whole configuration as plain data, for hashes and cards"
-    return dict(method=self.name, version=self.version, **asdict(self))
+    defaults = {f.name: f.default for f in fields(self)}
+    facts = {k: v for k, v in asdict(self).items() if k not in self.added or v != defaults[k]}
+    return dict(method=self.name, version=self.version, **facts)
 
 @patch
 def replace(self: Method, **changes):
@@ -122,6 +125,8 @@ class Context:
     sampler: object = None  # draws of real batches and augmentations
     means: object = None    # real class means, from the store where they are
     experts: object = None  # whose trajectories are matched
+    draws: object = None    # which matching draw an iteration uses
+    features: object = None # real features, from the store where they are
 
     @property
     def total(self) -> int: return len(self.real.classes)

@@ -248,7 +248,7 @@ def kept_run(folder: Path, e: Experiment) -> Run:
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-020
 COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps", "samples",
-           "part", "fusion", "recipe", "net", "at", "run", "digest"]
+           "part", "fusion", "recipe", "net", "at", "draws", "run", "digest"]
 
 def sealed(text: str) -> bytes:
     "Text with its SHA-256 in a last line"
@@ -276,8 +276,9 @@ def stored_rows(run: Run, e: Experiment) -> pd.DataFrame:
     "Rows already there"
     path = rows_path(run, e)
     if path.exists():
-        try: return each_once(pd.read_csv(io.StringIO(unsealed(path)), dtype={"run": str, "digest": str}))
+        try: rows = pd.read_csv(io.StringIO(unsealed(path)), dtype={"run": str, "digest": str})
         except DamagedFile as damage: print(f"{damage}; evaluating again")
+        else: return each_once(rows.assign(draws=rows.get("draws", 0)))     # the column came later
     return pd.DataFrame(columns=COLUMNS)
 
 def add_rows(run: Run, e: Experiment, rows: pd.DataFrame):
@@ -290,8 +291,9 @@ def add_rows(run: Run, e: Experiment, rows: pd.DataFrame):
 def row_facts(e: Experiment, real, run: Run) -> dict:
     "Columns that all rows of a settled experiment share"
     method = e.method
-    facts = dict(method="whole data", ipc=0, factor=1, at=0)
-    if method: facts = dict(method=method.name, ipc=method.ipc, factor=method.factor, at=e.at or method.iterations)
+    facts = dict(method="whole data", ipc=0, factor=1, at=0, draws=0)
+    if method: facts = dict(method=method.name, ipc=method.ipc, factor=method.factor, at=e.at or method.iterations,
+                            draws=getattr(method, "draws", 0))
     return facts | dict(dataset=real.name, part=e.part, fusion=e.fusion, recipe=e.recipe.name, net=e.net,
                         run=run.folder.name, digest=experiment_digest(method, TASKS[e.task]))
 

@@ -92,8 +92,9 @@ def check(self: DSDM, real):
 # %% ../../nbs/methods/dsdm.ipynb #cell-011
 @patch
 def networks(self: DSDM, context: Context):
-    if self.source == "random" or not self.iterations: return random_nets(context.real.shapes, self.width, context.seed)
-    return PoolNets(self.pools(context), self.models, context.seed)
+    seed = context.draws.made_by
+    if self.source == "random" or not self.iterations: return random_nets(context.real.shapes, self.width, seed)
+    return PoolNets(self.pools(context), self.models, seed)
 
 @patch
 def pools(self: DSDM, context: Context) -> dict:
@@ -138,9 +139,10 @@ def history(self: DSDM, state: dict, modality: str) -> dict:
 @torch.no_grad()
 def after(self: DSDM, context: Context, S: dict, state: dict, t: int) -> dict:
     if not self.lambda_h: return state
-    model, following = context.source.model_of(t), dict(state)
+    draw, following = context.draws.at(t), dict(state)
+    model = context.source.model_of(draw)
     for m, canvases in S.items():
-        features = self.synthetic_side(context, m, canvases, self.network(context, m, t), t, stream="matching/bank")
+        features = self.synthetic_side(context, m, canvases, self.network(context, m, draw), draw, stream="matching/bank")
         prototypes = torch.stack([x.mean(0) for x in features])
         bank = self.bank.update(self.history(state, m), prototypes, model)
         following |= {f"{k}/{m}": x for k, x in bank.items()}
@@ -150,14 +152,15 @@ def after(self: DSDM, context: Context, S: dict, state: dict, t: int) -> dict:
 @patch
 def terms(self: DSDM, context: Context, S: dict, state: dict, t: int) -> dict:
     "The three losses without their weights, summed over modalities: proto, sd, h"
-    terms = dict(proto=0., sd=0., h=0.)
+    terms, draw = dict(proto=0., sd=0., h=0.), context.draws.at(t)
     for m, canvases in S.items():
-        net = self.network(context, m, t)
-        real, synthetic = self.real_side(context, m, net, t), self.synthetic_side(context, m, canvases, net, t)
+        net = self.network(context, m, draw)
+        real = context.features.at(draw, context.classes, m, net)
+        synthetic = self.synthetic_side(context, m, canvases, net, draw)
         means = torch.stack([x.mean(0) for x in synthetic])
         terms["proto"] = terms["proto"] + prototype_loss(torch.stack([x.mean(0) for x in real]), means)
         if self.lambda_sd: terms["sd"] = terms["sd"] + covariance_loss(real, synthetic, divisor=self.divisor)
-        bank = self.bank.read(self.history(state, m), t, context.source.model_of(t)) if self.lambda_h else None
+        bank = self.bank.read(self.history(state, m), t, context.source.model_of(draw)) if self.lambda_h else None
         if bank is not None: terms["h"] = terms["h"] + historical_loss(means, bank, per_dim=self.h_per_dim)
     return terms
 
