@@ -216,8 +216,8 @@ class RealData:
 @patch
 def batch(self: RealData, part: str, indices, device="cpu", modalities=None) -> dict:
     "Normalised float32 inputs of the samples `indices` of a part"
-    inputs = getattr(self, part).inputs
-    return {m: self.normalisation[m](inputs[m][torch.as_tensor(indices)].to(device)) for m in modalities or inputs}
+    inputs, rows = getattr(self, part).inputs, torch.as_tensor(indices)
+    return {m: self.normalisation[m](inputs[m].index_select(0, rows).to(device)) for m in modalities or inputs}
 
 @patch
 def check_start(
