@@ -30,7 +30,7 @@ from ..methods.avdd import AVDD, control
 from ..nets.networks import spec_for
 from ..nets.training import RECIPES, Recipe, dc_recipe, new_net, train
 from . import published, register_paper
-from .plan import Cell, Line, Paper, box
+from .plan import LAPTOP_DRAWS, Cell, Line, Paper, box, draws_sentence
 
 # %% ../../nbs/papers/avdd.ipynb #13d68a1c
 CONTROL = "Control (plain, rate × 21)"
@@ -101,10 +101,12 @@ class AVDDSettings:
     eval_seeds: int = 3           # evaluation networks a distillation seed
     recipe: Recipe = RECIPES["avdd"]
     part: str = "test"
+    draws: int = 0                # K matching draws; 0: ever new ones
 
     def configured(self, name: str, **changes):
         "The method with published defaults, then tuned ones, then this report's settings"
         settings = AVDD_PAPER.tuned_for(self.dataset, name, self.ipc) | dict(width=self.width) | changes
+        if name in ("dm", "avdd"): settings["draws"] = self.draws
         if self.iterations is not None and name not in ("random", "herding"): settings["iterations"] = self.iterations
         return get_method(name, self.dataset, self.ipc, **settings)
 
@@ -144,9 +146,10 @@ class AVDDPaper(Paper):
     profiles = {   # every number but width and epochs can be overridden by its own parameter
         "test": dict(width=8, iterations=4, seeds=1, eval_seeds=1, epochs=2),
         "quick": dict(width=32, iterations=100, seeds=1, eval_seeds=3, epochs=None),
+        "laptop": dict(width=128, iterations=5000, seeds=3, eval_seeds=5, epochs=None, draws=LAPTOP_DRAWS),
         "paper": dict(width=128, iterations=5000, seeds=3, eval_seeds=5, epochs=None),
     }
-    counts = dict(ipc=1, iterations=0, seeds=0, eval_seeds=0)
+    counts = dict(ipc=1, iterations=0, draws=0, seeds=0, eval_seeds=0)
     tuned = AVDD_TUNED
     methods = {"random": "Random", "herding": "Herding", "mtt": "MTT", "dm": "DM", "avdd": "AVDD", "whole": "Whole data"}
 
@@ -169,7 +172,8 @@ class AVDDPaper(Paper):
         profile, recipe = self.profiles[params["profile"]], RECIPES["avdd"]
         if profile["epochs"]: recipe = stretched(recipe, profile["epochs"])
         return AVDDSettings(params["dataset"], params["ipc"], len(real.classes), profile["width"], self.value(params, "iterations"),
-                            self.value(params, "seeds"), self.value(params, "eval_seeds"), recipe)
+                            self.value(params, "seeds"), self.value(params, "eval_seeds"), recipe,
+                            draws=params["draws"] or profile.get("draws", 0))
 
 # %% ../../nbs/papers/avdd.ipynb #4af3ed60
 @patch
@@ -205,6 +209,7 @@ def differences(self: AVDDPaper, plan) -> list:
     if s.width != p["width"]: sentences.append(f"All networks have width {s.width} instead of {p['width']}.")
     if s.iterations != p["iterations"]:
         sentences.append(f"{s.iterations} iterations of distillation instead of {p['iterations']:,}.")
+    if s.draws: sentences.append(draws_sentence(s.draws, s.iterations))
     if (s.seeds, s.eval_seeds) != (p["seeds"], p["eval_seeds"]):
         sentences.append(f"{s.seeds} × {s.eval_seeds} seeds (distillation × evaluation) instead of {p['seeds']} × {p['eval_seeds']}.")
     if s.recipe.epochs != RECIPES["avdd"].epochs:

@@ -25,7 +25,7 @@ from ..methods import get_method, registered
 from ..methods.dsdm import dsdm_recipe
 from ..nets.training import Recipe, dc_recipe, get_recipe
 from . import register_paper
-from .plan import Cell, Line, Paper, Plan, as_in_tables, compared
+from .plan import LAPTOP_DRAWS, Cell, Line, Paper, Plan, as_in_tables, compared, draws_sentence
 
 # %% ../../nbs/papers/dsdm.ipynb #154db36c
 DSDM_METHODS = {"Random": "random", "Herding": "herding", "K-Center": "kcenter", "DD": "dd", "DC": "dc", "DSA": "dsa", "CAFE": "cafe",
@@ -84,6 +84,7 @@ class DSDMSettings:
     eval_seeds: int = 1
     part: str = "test"
     own_recipes: bool = False     # the DC family's rows by the DC family's recipe (E-5)
+    draws: int = 0                # K matching draws; 0: ever new ones
 
     def recipe(self, name: str, ipc: int = 0, factor: int = 1) -> Recipe:
         "The evaluation recipe of a method's row"
@@ -95,7 +96,7 @@ class DSDMSettings:
         settings = DSDM_PAPER.tuned_for(self.dataset, name, ipc) | dict(width=self.width)
         fields = registered()[name].__dataclass_fields__
         numbers = dict(iterations=self.iterations, batch=self.batch, models=self.models, pool_epochs=self.pool_epochs,
-                       pool_batch=self.pool_batch)
+                       pool_batch=self.pool_batch, draws=self.draws)
         if "batch" in fields: settings |= {k: v for k, v in numbers.items() if k in fields and v is not None}
         return get_method(name, self.dataset, ipc, **settings | changes)
 
@@ -119,6 +120,7 @@ DSDM_PROFILES = {
                   sweeps=dict(pool_epochs=[1, 5, 10, 15, 20, 25, 30], models=[1, 5, 10, 20], lambda_sd=[0.01, 10., 25., 50., 75., 100.],
                               lambda_h=[0., .1, .2, .5, 1.])),
 }
+DSDM_PROFILES["laptop"] = DSDM_PROFILES["paper"] | dict(draws=LAPTOP_DRAWS)     # the published setting but for the draws
 DSDM_TABLES = (1, 2, 3, 4)
 DSDM_FIGURES = (3, 4, 5, 6, 7, 8)
 
@@ -127,7 +129,7 @@ class DSDMPaper(Paper):
     title = "Diversified semantic distribution matching for dataset distillation (DSDM, ACM MM 2024)"
     rows = ("DSDM",)
     profiles = DSDM_PROFILES
-    counts = dict(iterations=0, models=0, pool_epochs=0, epochs=0, seeds=0, eval_seeds=0, train_per_class=0, ipc=1)
+    counts = dict(iterations=0, draws=0, models=0, pool_epochs=0, epochs=0, seeds=0, eval_seeds=0, train_per_class=0, ipc=1)
     tuned = DSDM_TUNED
     sets = {"image": "digits", "sound": "spoken_digits"}                    # where none is named
     paper_sets = {"image": "cifar10", "sound": "mini_speech_commands"}      # in the profile "paper"
@@ -155,7 +157,7 @@ def figures(self: DSDMPaper, params: dict) -> list:
 
 @patch
 def data_sets(self: DSDMPaper, params: dict) -> list:
-    sets = self.paper_sets if params["profile"] == "paper" else self.sets
+    sets = self.paper_sets if params["profile"] in ("paper", "laptop") else self.sets
     names = []
     if set(self.tables(params)) - {2} or self.figures(params): names += params["dataset"] or [sets["image"]]
     if 2 in self.tables(params): names.append(params["speech"] or sets["sound"])
@@ -176,7 +178,8 @@ def settings(self: DSDMPaper, params: dict, real) -> DSDMSettings:
     value = lambda name: params.get(name) or profile[name]
     return DSDMSettings(real.name, len(real.classes), bool(real.signals), profile["width"], value("iterations"), profile["batch"],
                         value("models"), value("pool_epochs"), profile["pool_batch"], value("epochs"), profile.get("cross_steps"),
-                        value("seeds"), value("eval_seeds"), own_recipes=params["own_recipes"])
+                        value("seeds"), value("eval_seeds"), own_recipes=params["own_recipes"],
+                        draws=params["draws"] or profile.get("draws", 0))
 
 # %% ../../nbs/papers/dsdm.ipynb #9ad18109
 @patch
@@ -313,6 +316,7 @@ def differences_on(self: DSDMPaper, s: DSDMSettings, real, methods=("dm", "dsdm"
         numbers.append(f"{s.seeds} × {s.eval_seeds} seeds, distillation × evaluation (paper {p['seeds']} × {p['eval_seeds']})")
     if s.cross_steps: numbers.append(f"other architectures trained for about {s.cross_steps} steps, one network for each set")
     if numbers: sentences.append(f"{', '.join(numbers)}.")
+    if s.draws: sentences.append(draws_sentence(s.draws, s.iterations))
     for (dataset, name), by_ipc in self.tuned.items():
         if dataset != s.dataset or name not in methods: continue
         rates = ", ".join(f"{tuned['lr']:g} from IPC {ipc}" for ipc, tuned in by_ipc.items())
