@@ -26,6 +26,7 @@ from ..core.locks import locked
 from ..core.progress import Progress
 from ..core.provenance import store_code
 from ..core.values import plain, whole_number
+from ..core.workers import keep_freed_memory
 from .distilled import DistilledData
 from .method import Context, Diverged, Method
 from .moments import Compute, check_compiler, resolve_again, resolve_compute, resolve_device
@@ -139,6 +140,7 @@ def distill(
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     method.check(real)
     classes = check_classes(method, real, classes)
+    keep_freed_memory()
     asked = Asked(device, precision, compile, compute)
     compute = asked.resolved(method)
     run = method, real, seed, classes
