@@ -39,7 +39,7 @@ test: $(READY)  ## everything: lint, chapters, modules and README in step, then 
 	$(RUN)/python -m ddrepro.project lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project test
 	$(RUN)/python -m ddrepro.project check
-	$(RUN)/python -m pytest -q tests
+	$(RUN)/python -m pytest -q -n auto --dist loadfile tests
 
 chapters: $(READY)  ## execute the chapters and save what they show (some: make chapters only="losses moments")
 	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project chapters $(only)
