@@ -200,7 +200,7 @@ REFUSED = {
     "fewer names": (dict(classes=("a", "b")), "labels lie in [0, 2], there are 2 classes"),
     "more names": (dict(classes=tuple("abcd")), "no training sample of class 'd'"),
     "a name twice": (dict(classes=("a", "a", "b")), "'a' stands twice"),
-    "names in one text": (dict(classes="abc"), "list of names"),
+    "names in one text": (dict(classes="abc"), "list of names in the order"),
     "test labels that training lacks": (dict(test_labels=LABELS + 3),
                                         "test labels hold 3 and 4 and 5, which training lacks"),
     "test words that training lacks": (dict(labels=WORDS, test_labels=np.where(WORDS == "c", "x", WORDS)),

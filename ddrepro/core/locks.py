@@ -54,7 +54,9 @@ def write_check(path: Path):
     "Raise OSError, with the path, where a folder cannot be written to: a lock there could be waited for in vain"
     if path.exists(): return
     try: path.touch()
-    except OSError as why: raise OSError(f"cannot write {path}: {why.strerror or why}; choose another folder, such as by DDREPRO_RUNS") from why
+    except OSError as why:
+        raise OSError(f"cannot write {path}: {why.strerror or why}; choose another folder, such as by "
+                      "DDREPRO_RUNS") from why
 
 def sweep(folder: Path):
     "Take away temporary files whose process on this machine has ended"

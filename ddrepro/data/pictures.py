@@ -7,6 +7,7 @@ __all__ = ['PICTURE_ERRORS', 'readable', 'eight_bits', 'read_image']
 
 # %% ../../nbs/data/06_pictures.ipynb #3923b586
 import struct
+import warnings
 import zlib
 from contextlib import contextmanager
 
@@ -37,6 +38,9 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or low < 0 or high > 65535:
         kind = "floating-point numbers" if image.mode == "F" else "integers"
         raise ValueError(f"its values are {kind} in [{low:g}, {high:g}]: save it with 8 or 16 bits a value")
+    if 255 < high < 4096:
+        warnings.warn("a picture with 16 bits a value uses the lowest 12 of them or fewer, as cameras and scanners write: it is read "
+                      "as it is, dark; multiply by 16 where 4095 means white", stacklevel=2)
     return Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
 
 def read_image(

@@ -10,6 +10,7 @@ __all__ = ['KEEP', 'own_code', 'run_identity', 'run_facts', 'differences', 'Save
 # %% ../../nbs/distill/10_loop.ipynb #cell-003
 import hashlib
 import json
+import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from ..core.files import DamagedFile, load_tensors, make_folder, save_tensors
 from ..core.locks import locked
 from ..core.progress import Progress
 from ..core.provenance import store_code
-from ..core.values import plain, whole_number
+from ..core.values import number_between, plain, scalar, whole_number
 from ..core.workers import keep_freed_memory
 from .distilled import DistilledData
 from .method import Context, Diverged, Method
@@ -125,7 +126,7 @@ def distill(
     method: Method,
     real,                       # RealData, or PairData
     seed: int = 0, *,
-    classes=None,               # labels to distil here; default all. Merge shards with `distilled.merge`
+    classes=None,               # labels or names to distil here; default all. Merge shards with `distilled.merge`
     compute: Compute = None,    # instead of the three below
     device="auto", precision="auto", compile="auto",   # "auto": as a checkpoint has it, else as suits the machine
     store=None,                 # folder of real means, coresets, pools and experts, shared by runs
@@ -140,6 +141,7 @@ def distill(
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     method.check(real)
     classes = check_classes(method, real, classes)
+    checkpoint_every = number_between("checkpoint_every", checkpoint_every, 0, math.inf, ends=True)
     keep_freed_memory()
     asked = Asked(device, precision, compile, compute)
     compute = asked.resolved(method)
@@ -183,7 +185,10 @@ def check_classes(method: Method, real, classes) -> tuple:
     "The labels to distil, sorted; ValueError for unknown ones, and for shards of methods whose classes influence one another"
     everything = tuple(range(len(real.classes)))
     if classes is None: return everything
-    classes = tuple(sorted(set(int(c) for c in classes)))
+    if isinstance(classes, str) or not hasattr(classes, "__iter__"):
+        raise ValueError(f"classes must be a list of labels or names, got {classes!r}")
+    classes = [real.classes.index(c) if c in real.classes else c for c in map(scalar, classes)]
+    classes = tuple(sorted({whole_number("a label of classes", c) for c in classes}))
     if not everything: raise ValueError(f"{real.name} has no classes to choose from: leave out classes={list(classes)}")
     if not classes or set(classes) - set(everything):
         raise ValueError(f"classes must be labels between 0 and {everything[-1]}, got {list(classes)}")

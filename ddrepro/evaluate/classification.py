@@ -101,7 +101,8 @@ def numbered_as(distilled, real):
     if len(names) != len(theirs):
         raise ValueError(f"the set was distilled from data of {len(names)} classes, and {real.name} has {len(theirs)}")
     if len(distilled.labels) != len(theirs):
-        raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(theirs)} classes; merge its shards first")
+        raise ValueError(f"the distilled set holds {len(distilled.labels)} of {len(theirs)} classes; merge its shards "
+                         "first")
     if names == theirs: return distilled
     if unknown := sorted(set(names) - set(theirs)):
         lacking = sorted(set(theirs) - set(names))
@@ -120,7 +121,8 @@ def check_space(distilled, real):
     for m, x in distilled.tensors.items():
         if tuple(x.shape[2:]) != real.shapes[m]:
             size = " and ".join("×".join(map(str, shape)) for shape in (x.shape[2:], real.shapes[m]))
-            raise ValueError(f"a distilled {m} and one of {real.name} have unlike sizes, {size}; bring the data to the size of the set")
+            raise ValueError(f"a distilled {m} and one of {real.name} have unlike sizes, {size}; bring the data to "
+                             "the size of the set")
         if distilled.normalisation[m] != real.normalisation[m]:
             raise ValueError(f"the distilled {m} is normalised by {distilled.normalisation[m]}, {real.name} by {real.normalisation[m]}; "
                              f"give the data the set's constants: dataclasses.replace(real, normalisation=distilled.normalisation)")
@@ -158,6 +160,8 @@ def scoring_side(real, part: str, inputs: dict, recipe, width: int, fusion: str,
     "What a job holds besides its training samples `inputs`"
     for name, value, allowed in (("part", part, PARTS), ("fusion", fusion, FUSIONS), ("net", net, NETS)): choose(name, value, allowed)
     if not len(getattr(real, part)): raise ValueError(f"{part} of {real.name} is empty: there is nothing to score on")
+    if not (epochs or get_recipe(recipe).epochs):
+        raise ValueError(f"recipe {get_recipe(recipe).name} has no epochs: nothing would be learned")
     modalities = tuple(inputs)
     return dict(test_inputs=scored_inputs(real, part, modalities), test_labels=getattr(real, part).labels,
                 classes=len(real.classes), specs={m: spec_for(real.shapes[m], width, net) for m in modalities},

@@ -64,6 +64,8 @@ def pair_job(
     scored = dict(test_images=getattr(real, part).images, test_texts=caption_embeddings(real, spec, part, store),
                   test_image_of=real.pairs(part).image_of, normalisation=real.normalisation["image"])
     check_same_texts(training["texts"], scored["test_texts"], spec)
+    sizes = [tuple(x.shape[1:]) for x in (training["images"], scored["test_images"])]
+    if sizes[0] != sizes[1]: raise ValueError(f"{real.name}: pictures to train on have shape {sizes[0]}, those of {part} have {sizes[1]}")
     return training | scored | dict(spec=spec, recipe=recipe, epochs=epochs)
 
 def real_pairs(real: PairData, spec: DualSpec, store=None) -> dict:

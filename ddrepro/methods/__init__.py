@@ -55,8 +55,9 @@ def method_class(name: str) -> type:
 def check_dataset(name: str):
     "Raise ValueError for what looks like a misspelt registered name; data of your own may be called anything"
     known = sorted(entries())
-    if name is None or "." in str(name): return              # a file has its own name
-    if difflib.get_close_matches(str(name), known, n=1, cutoff=0.8): choose("dataset", name, known)
+    if name is not None and not isinstance(name, str): raise TypeError(f"dataset must be a name, such as 'digits', got {name!r:.60}")
+    if name is None or "." in name: return                   # a file has its own name
+    if difflib.get_close_matches(name, known, n=1, cutoff=0.8): choose("dataset", name, known)
 
 def list_methods(
     task: str = None   # "classification" or "retrieval"; default both
