@@ -142,8 +142,6 @@ def test_kinds_of_definitions_and_data(text, old, new):
     assert digests[0] == digests[1] != digests[2]
 
 @pytest.mark.parametrize("text", [
-    "import random\nr = random.Random(0)\ndef f(): return r.random()",
-    "import numpy as np\nr = np.random.default_rng(0)\ndef f(): return r.random()",
     "import threading, pathlib\nlock = threading.Lock()\np = pathlib.Path('.')\ndef f(): return lock, p, []",
     "from os import environ\ndef f(): environ['DDREPRO_A_TEST'] = str(int(environ.get('DDREPRO_A_TEST', 0)) + 1)",
     "from multiprocessing import get_context\ndef f(): return get_context('spawn').Lock(), get_context()",
@@ -157,6 +155,21 @@ def test_running_changes_nothing(text):
     before = code_digest(f)
     if "self" not in text: f()
     assert code_digest(f) == before
+
+@pytest.mark.parametrize("text, old, new", [
+    ("_options = {'rate': 1.}\ndef f(): return _options['rate']", "1.", "2."),
+    ("class A:\n    _weights = [1.]\n    def f(self): return self._weights\nf = A", "[1.]", "[2.]"),
+    ("from pathlib import Path\nFILE = Path('one.txt')\ndef f(): return FILE.name", "one", "two")])
+def test_private_constants_and_paths_count_by_value(text, old, new):
+    digests = [code_digest(session(t)["f"]) for t in (text, text, text.replace(old, new))]
+    assert digests[0] == digests[1] != digests[2]
+
+@pytest.mark.parametrize("text", [
+    "import random\nr = random.Random(0)\ndef f(): return r.random()",
+    "import numpy as np\nr = np.random.default_rng(0)\ndef f(): return r.random()",
+    "import torch\nr = torch.Generator()\ndef f(): return torch.rand(1, generator=r)"])
+def test_a_generator_that_draws_has_no_digest(text):
+    with pytest.raises(Undigestible, match="depends on those drawn before"): code_digest(session(text)["f"])
 
 def test_a_data_set_counts_by_its_fingerprint():
     text = "def f(): return real.batch('train', [0])"

@@ -12,8 +12,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors
 import torch
-from safetensors import safe_open
 
 from ..core.files import DamagedFile, load_tensors, save_tensors, write_json
 from ..core.provenance import store_code
@@ -211,7 +211,7 @@ class RealFeatures:
         "Features of a class and draw from the store; None where they are missing, damaged or of another key"
         path = self.path(modality, c, draw)
         if path in self.verified:
-            with safe_open(path, "pt") as file: return file.get_tensor("features")
+            with safetensors.safe_open(path, "pt") as file: return file.get_tensor("features")
         if not path.exists(): return None
         try: tensors, meta = load_tensors(path, "features")
         except (DamagedFile, OSError) as damage:
