@@ -172,6 +172,14 @@ def natural(self: DistilledData, modality: str) -> torch.Tensor:
         plain = self.normalisation[modality].undo(self.grouped(modality).flatten(0, 1)).view(x.shape)
     return plain if modality in self.signals else plain.clamp(0, 1)
 
+@patch
+def restrict(self: DistilledData, modalities) -> DistilledData:
+    "The same set with some of its modalities"
+    for m in modalities: choose("modality", m, self.tensors)
+    keep = lambda mapping: {m: mapping[m] for m in modalities if m in mapping}
+    kept = {name: keep(getattr(self, name)) for name in ("tensors", "normalisation", "signals", "space")}
+    return replace(self, **kept)
+
 # %% ../../nbs/distill/01_distilled.ipynb #b3f7f8e2
 def from_card(
     card: dict,      # of a file
