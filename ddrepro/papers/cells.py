@@ -13,7 +13,6 @@ import pandas as pd
 
 from ..core.share import project_root
 from ..evaluate.experiment import runs_folder, unsealed
-from . import published
 
 # %% ../../nbs/papers/cells.ipynb #c8e04b47
 def cell_verdict(difference: float, spread: float) -> str:
