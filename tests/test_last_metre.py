@@ -78,7 +78,15 @@ TINY = {
     "rows": "print('dataset,row,ipc,modality,seed,eval_seed,accuracy\\ndigits,DM,1,A,0,0,50')",
     "provenance": "print('{}')",
 }
-AS_TINY = "import sys\nfrom pathlib import Path\nimport ddrepro.cli as cli\ncli.share_path = lambda name: Path(name)\nsys.exit(cli.main())"
+# a shell that starts a job in the background has it ignore interrupts, and so do its children: here they are heard
+AS_TINY = '''
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pathlib import Path
+import ddrepro.cli as cli
+cli.share_path = lambda name: Path(name)
+sys.exit(cli.main())
+'''
 
 
 @pytest.fixture
