@@ -237,7 +237,9 @@ def prepare(self: FeatureMatching, context: Context):
     context.source, strategy = self.networks(context), self.strategy_on(context.real)
     context.sampler = Sampler(self.batch, strategy, share_augmentation=False, seed=context.draws.made_by, family="diffaug",
                               stream="permutations")
-    context.features = RealFeatures(context.real, context.source, context.sampler, context.compute, self.taps, context.store)
+    looking = () if self.taps == ("flat",) else (TappedNet,)
+    context.features = RealFeatures(context.real, context.source, context.sampler, context.compute, self.taps, looking,
+                                    context.store)
     if not self.draws or context.store is None or not self.iterations: return
     empty = {m: torch.zeros(1, *shape, device=context.compute.device) for m, shape in context.real.shapes.items()}
     widths = {m: self.network(context, m, 0)(x).shape[1] for m, x in empty.items()}

@@ -78,7 +78,8 @@ class Shards:
 def means_key(
     real,           # RealData
     source,         # of networks
-    sampler: Sampler, modality: str, compute: Compute
+    sampler: Sampler, modality: str, compute: Compute,
+    made_by=(real_mean,)   # functions and classes whose code they depend on
 ) -> dict:          # plain data
     "Everything the real means of a modality depend on besides class and iteration"
     normalisation = real.normalisation[modality]
@@ -86,7 +87,7 @@ def means_key(
                 normalisation=list(normalisation.facts().values()), network=source.key(modality),
                 sampler=sampler.key(), precision=compute.precision, backend=compute.backend, chunk=compute.chunk,
                 threads=compute.threads,
-                code=store_code(real_mean, type(real), type(normalisation), type(source), type(sampler)))
+                code=store_code(*made_by, type(real), type(normalisation), type(source), type(sampler)))
 
 # %% ../../nbs/distill/06_mean_store.ipynb #cell-013
 def store_limit() -> float:
@@ -162,6 +163,7 @@ class RealFeatures:
     sampler: Sampler
     compute: Compute
     taps: tuple = ("flat",)    # where networks are looked at
+    made_by: tuple = ()        # classes besides that look at them there
     root: Path = None          # the store's folder; None: nothing is stored
     limit_gb: float = field(default_factory=store_limit)
     forwards: int = 0          # real samples embedded by this object
@@ -180,7 +182,8 @@ class RealFeatures:
         if size > self.limit_gb * 2**30:
             return f"{in_words}, above the store's limit of {self.limit_gb:g} GiB (DDREPRO_STORE_GB): computed each time"
         for m in widths:
-            self.keys[m] = means_key(self.real, self.source, self.sampler, m, self.compute) | dict(features=list(self.taps))
+            key = means_key(self.real, self.source, self.sampler, m, self.compute, (real_features, *self.made_by))
+            self.keys[m] = key | dict(features=list(self.taps))
         return f"{in_words}, shared in the store"
 
     def path(self, modality: str, c: int, draw: int) -> Path:
