@@ -295,6 +295,7 @@ def run_and_print(paper: str, values: dict, reports: Path, name: str) -> int:
     print("ddrepro: no line of this report has a result, for the reasons that it gives", *done.reasons, sep="\n  ", file=sys.stderr)
     return 1
 
+# %% ../nbs/cli.ipynb #a0084be7
 def execute(args) -> int:
     "Carry out parsed arguments; the exit status"
     if args.command == "run": return run_and_print(args.paper, parse_assignments(args.params), args.reports, args.name)
@@ -325,6 +326,7 @@ def parsed(words: list) -> argparse.Namespace:
     if args.command == "run" and args.paper is None: commands.error(missing_paper(args))
     return args
 
+# %% ../nbs/cli.ipynb #b1afeba3
 def stopped(stop: KeyboardInterrupt, words: list) -> int:
     "Say what goes on with stopped work; the exit status that shells expect"
     goes_on = f"; {shlex.join(['ddrepro', *words])} goes on where it was" if words[:1] in (["run"], ["demo"]) else ""

@@ -120,6 +120,7 @@ def published(self: Paper, table: str = None, dataset: str = None) -> pd.DataFra
     "Rows of the paper's own tables"
     return published(self.name, table, dataset)
 
+# %% ../../nbs/papers/plan.ipynb #3b932708
 @patch
 def check_values(self: Paper, params: dict):
     "Raise ValueError for what cannot work whatever the data; names become those of the tables"
@@ -155,6 +156,7 @@ def check_request(self: Paper, params: dict) -> "Plan":
         plan.parts.append(part)
     return plan
 
+# %% ../../nbs/papers/plan.ipynb #4fb36a73
 def check_amount(
     dataset: str,   # a registered name
     ipc             # samples a class: a number, or several
