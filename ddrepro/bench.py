@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .bench_trajectories import bench_trajectory
+from .core.compute import Compute, has_bfloat16, has_compiler, resolve_compute
 from .core.files import make_folder, write_json
 from .core.seeding import keyed_normal
 from .core.share import check_writable, choose
@@ -34,7 +35,6 @@ from .distill.loop import distill, one_iteration, start_state
 from .distill.losses import covariance_loss
 from .distill.mean_store import BLOCK
 from .distill.method import Context
-from .distill.moments import Compute, has_bfloat16, has_compiler, resolve_compute
 from .evaluate.classification import evaluation_job, score, score_each, score_one, whole_job
 from .evaluate.experiment import environment
 from .evaluate.retrieval_speed import measure_retrieval

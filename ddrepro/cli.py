@@ -171,8 +171,8 @@ def doctor() -> list:   # of (what, how it is), texts
     import torch
 
     from ddrepro.core.compilers import compiler_lacks
+    from ddrepro.core.compute import has_bfloat16, resolve_compute
     from ddrepro.data.registry import data_root, list_data
-    from ddrepro.distill.moments import has_bfloat16, resolve_compute
     from ddrepro.evaluate.experiment import environment, runs_folder, store_folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = sum(f.stat().st_size for f in store_folder().rglob("*") if f.is_file()) if store_folder().exists() else 0

@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
+from ddrepro.core.compute import EXACT
 from ddrepro.core.files import load_tensors
 from ddrepro.data.registry import load_data
 from ddrepro.distill.coresets import coreset
 from ddrepro.distill.loop import Checkpoints, distill, run_identity
-from ddrepro.distill.moments import EXACT
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
 from ddrepro.nets.networks import spec_for
@@ -156,7 +156,7 @@ LIMITED = '''
 import resource, sys
 from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.distill.moments import EXACT
+from ddrepro.core.compute import EXACT
 from ddrepro.data.registry import load_data
 folder, store = sys.argv[1], sys.argv[2] or None
 most = int(sys.argv[3])

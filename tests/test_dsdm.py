@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ddrepro.distill.moments as moments
+from ddrepro.core.compute import EXACT
 from ddrepro.core.files import load_tensors
 from ddrepro.core.seeding import keyed, keyed_normal, keyed_uniform
 from ddrepro.data.augment import Augmentation, apply_dsa
@@ -22,7 +23,7 @@ from ddrepro.distill.loop import Checkpoints, distill
 from ddrepro.distill.losses import covariance_loss, historical_loss, prototype_loss
 from ddrepro.distill.memory_bank import MemoryBank
 from ddrepro.distill.method import STEP_RULES
-from ddrepro.distill.moments import EXACT, Sampler
+from ddrepro.distill.moments import Sampler
 from ddrepro.distill.sources import Pool
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method

@@ -8,12 +8,12 @@ import torch
 
 from ddrepro.cli import doctor
 from ddrepro.core.arithmetic import core_count, machine_facts
+from ddrepro.core.compute import EXACT, Compute
 from ddrepro.core.files import load_tensors, save_tensors
 from ddrepro.core.seeding import keyed_normal
 from ddrepro.data.real import RealData
 from ddrepro.distill.distilled import DistilledData
 from ddrepro.distill.loop import Asked, Checkpoints, Saved, computed_by, distill, state_on
-from ddrepro.distill.moments import EXACT, Compute
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
@@ -89,7 +89,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr("ddrepro.distill.moments.compiler_lacks", lambda device: "")
+    monkeypatch.setattr("ddrepro.core.compute.compiler_lacks", lambda device: "")
 
 
 # Where nothing changed
@@ -151,7 +151,7 @@ def test_another_precision_by_name(run, stopped, capsys, name):
     assert set(floats.values()) == {torch.float64} and len(floats) > 2
 
 def test_bfloat16_goes_on_in_float32_where_it_is_not_native(run, stopped, no_gpu, monkeypatch):
-    monkeypatch.setattr("ddrepro.distill.moments.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("ddrepro.core.compute.has_bfloat16", lambda device: False)
     folder = stopped("dm")
     rewritten(folder, compute=ON_GPU | dict(precision="bfloat16", compile=True))
     changed = run("dm", folder=folder).card["compute"]["moves"][0]["changed"]

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddrepro.core.compute import EXACT, Compute
 from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import DistilledData
 from ddrepro.distill.loop import distill
 from ddrepro.distill.method import Context, Diverged
-from ddrepro.distill.moments import EXACT, Compute
 from ddrepro.evaluate.classification import evaluation_job, score_one
 from ddrepro.evaluate.experiment import Experiment, distillation_run, settled, snapshot_path
 from ddrepro.evaluate.tasks import evaluate
@@ -30,7 +30,7 @@ RUN = '''
 import json, sys
 from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.distill.moments import EXACT
+from ddrepro.core.compute import EXACT
 from ddrepro.data.registry import load_data
 from helpers import die_at
 

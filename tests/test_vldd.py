@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddrepro.core.compute import EXACT
 from ddrepro.core.files import load_tensors
 from ddrepro.core.seeding import keyed, keyed_normal
 from ddrepro.distill.distilled import DistilledData
 from ddrepro.distill.loop import distill
 from ddrepro.distill.method import Diverged
-from ddrepro.distill.moments import EXACT
 from ddrepro.distill.unroll import trajectory_loss, unroll
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.evaluate.pair_scores import pair_job, rates_of, score_pairs
@@ -36,7 +36,7 @@ CHILD = '''
 import json, os, signal, sys
 from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
-from ddrepro.distill.moments import EXACT
+from ddrepro.core.compute import EXACT
 from helpers import die_at, squares
 
 job = json.loads(sys.argv[1])

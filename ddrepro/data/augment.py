@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'OPS', 'FAMILIES', 'Augmentation', 'draw_dsa', 'color', 'flip', 'crop', 'cutout', 'scale', 'rotate',
-           'apply_dsa', 'Composition', 'draw_diffaug', 'apply_diffaug', 'draw_augmentation', 'augment', 'CutMix',
-           'draw_cutmix', 'cutmix_span', 'apply_cutmix']
+           'apply_dsa', 'Composition', 'draw_diffaug', 'apply_diffaug', 'draw_augmentation', 'augment', 'ClassStep',
+           'by_operation', 'augment_classes', 'CutMix', 'draw_cutmix', 'cutmix_span', 'apply_cutmix']
 
 # %% ../../nbs/data/05_augment.ipynb #cell-003
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +62,10 @@ def crop(x, u):
     padded = F.pad(x, (sx, sx, sy, sy))
     top, left = (u[:, 0] * (2 * sy + 1)).long(), (u[:, 1] * (2 * sx + 1)).long()   # shift + s, hence ≥ 0
     if len(u) == 1: return padded[..., top:top + h, left:left + w]
-    rows = (top[:, None] + torch.arange(h, device=x.device))[:, None, :, None]
-    cols = (left[:, None] + torch.arange(w, device=x.device))[:, None, None, :]
-    sample = torch.arange(len(x), device=x.device)[:, None, None, None]
-    channel = torch.arange(x.shape[1], device=x.device)[:, None, None]
-    return padded[sample, channel, rows, cols]
+    rows = (top[:, None] + torch.arange(h, device=x.device)) * padded.shape[-1]
+    cols = left[:, None] + torch.arange(w, device=x.device)
+    at = (rows[:, :, None] + cols[:, None, :]).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return padded.flatten(2).gather(2, at).unflatten(2, (h, w))
 
 def cutout(x, u):
     "A box of half the sides, set to zero"
@@ -147,6 +147,45 @@ def augment(
 ) -> torch.Tensor:                     # (N, ch, H, W)
     "Apply an augmentation of either family"
     return apply_diffaug(x, drawn) if isinstance(drawn, Composition) else apply_dsa(x, drawn)
+
+# %% ../../nbs/data/05_augment.ipynb #1b7466ba
+class ClassStep(NamedTuple):
+    "One step of the augmentations of several classes, sorted so that classes of one operation pass it together"
+    ops: tuple       # the operations; most often one
+    tensors: tuple   # one operation: uniforms, a row a class. Several: of each which classes and their uniforms; the order back
+
+def by_operation(
+    drawn: list    # a class: its Augmentation or Composition
+) -> tuple:        # of ClassStep
+    "The augmentations of several classes as steps that all classes pass together"
+    chains = [one.steps if isinstance(one, Composition) else (one,) for one in drawn]
+    return tuple(_step([chain[place] for chain in chains]) for place in range(len(chains[0])))
+
+def _step(drawn: list) -> ClassStep:
+    ops = tuple(dict.fromkeys(one.op for one in drawn))
+    if len(ops) == 1: return ClassStep(ops, (torch.cat([one.u for one in drawn]),))
+    whose = [[c for c, one in enumerate(drawn) if one.op == op] for op in ops]
+    tensors = [x for which in whose for x in (torch.tensor(which), torch.cat([drawn[c].u for c in which]))]
+    return ClassStep(ops, (*tensors, torch.tensor(sum(whose, [])).argsort()))
+
+def augment_classes(
+    x: torch.Tensor,   # (C, n, ch, H, W), normalised
+    steps: tuple       # by `by_operation`, on the device of x
+) -> torch.Tensor:     # (C, n, ch, H, W)
+    "Every class by its own augmentation"
+    for ops, tensors in steps:
+        if len(ops) == 1: x = _pass(x, ops[0], tensors[0])
+        else:
+            *pairs, order = tensors
+            parts = [_pass(x.index_select(0, which), op, u) for op, which, u in zip(ops, pairs[::2], pairs[1::2])]
+            x = torch.cat(parts).index_select(0, order)
+    return x
+
+def _pass(x, op, u):
+    "Classes (C, n, …) through one operation with a row of uniforms each"
+    if not op: return x
+    each = u.to(x.dtype).repeat_interleave(x.shape[1], 0, output_size=x.shape[0] * x.shape[1])
+    return OPS[op](x.flatten(0, 1), each).unflatten(0, x.shape[:2])
 
 # %% ../../nbs/data/05_augment.ipynb #cell-033
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .coresets import STARTS, initial
 from .distilled import UnusableRate, guard_rates
 from .mean_store import RealFeatures, RealMeans
 from .method import STEP_RULES, Context, Diverged, Method
-from .moments import Draws, Sampler, same, synthetic_features, synthetic_means
+from .moments import Draws, Sampler, mean_by_class, same, synthetic_features
 from .sources import random_nets
 from .unroll import trajectory_loss, unroll
 from ..nets.experts import Segments
@@ -108,7 +108,8 @@ def class_means(
     real, synthetic, draw = {}, {}, context.draws.at(t)
     for m, canvases in S.items():
         net = context.source.at(draw, m, context.compute.device)
-        synthetic[m] = synthetic_means(canvases, net, context.sampler, draw, context.classes, self.factor, context.compute)
+        features = synthetic_features(canvases, net, context.sampler, draw, context.classes, self.factor, context.compute)
+        synthetic[m] = mean_by_class(features)
         real[m] = context.means.at(draw, context.classes, m, net)
     return real, synthetic
 
@@ -171,8 +172,8 @@ class FeatureMatching(Method):
 
     def match(
         self,
-        real: list,        # a class: (B, d)
-        synthetic: list    # a class: (n, d), with gradient
+        real,                     # (C, B, d), or a class: (B_c, d)
+        synthetic: torch.Tensor   # (C, n, d), with gradient
     ) -> torch.Tensor:     # scalar
         "The loss of one modality at one tap as a function of features"
         raise TypeError(f"{type(self).__name__} does not define match")
@@ -271,7 +272,7 @@ def synthetic_side(
     canvases: torch.Tensor,         # (classes, IPC, ch, H, W)
     net: nn.Module, draw: int,
     stream: str = "matching/dsa"    # of the augmentation; the real side's is the default
-) -> list:                          # a class: (n, d), with gradient
+) -> torch.Tensor:                  # (C, n, d), with gradient
     "Features of every class's synthetic samples"
     real = context.real
     normalise = same if modality in real.signals else real.normalisation[modality]

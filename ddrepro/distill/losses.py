@@ -57,24 +57,25 @@ def covariance_loss(
 ) -> torch.Tensor:            # scalar
     "Squared Frobenius distance of class covariances (DSDM eq. 5), through Gram matrices"
     less = 1 if choose("divisor", divisor, ("n-1", "n")) == "n-1" else 0
-    total = sum(_covariance_distance(x, s, less) for x, s in zip(real, syn, strict=True))
+    if torch.is_tensor(real) and torch.is_tensor(syn): total = _covariance_distance(real, syn, less)
+    else: total = sum(_covariance_distance(x, s, less) for x, s in zip(real, syn, strict=True))
     return total / real[0].shape[-1] if per_dim else total
 
 def _covariance_distance(x, s, less):
-    "The same for one class, (B, d) and (n, d), with divisors B − `less` and n − `less`; 0 where a side has one sample"
-    if min(len(x), len(s)) < 2: return (0 * s).sum()
-    x, s = x - x.mean(0), s - s.mean(0)
-    a, b = len(x) - less, len(s) - less
-    return gram_square(x) / a**2 - 2 * (x @ s.T).square().sum() / (a * b) + gram_square(s) / b**2
+    "The same for (…, B, d) and (…, n, d), with divisors B − `less` and n − `less`; 0 where a side has one sample"
+    if min(x.shape[-2], s.shape[-2]) < 2: return (0 * s).sum()
+    x, s = x - x.mean(-2, keepdim=True), s - s.mean(-2, keepdim=True)
+    a, b = x.shape[-2] - less, s.shape[-2] - less
+    return gram_square(x) / a**2 - 2 * (x @ s.mT).square().sum() / (a * b) + gram_square(s) / b**2
 
 def gram_square(
-    x: torch.Tensor,          # (n, d)
-    whole: int = 64           # rows up to which the product is made at once
+    x: torch.Tensor,          # (…, n, d)
+    whole: int = 64           # rows up to which the product is made at once; on a GPU it always is
 ) -> torch.Tensor:            # scalar
-    "‖xxᵀ‖²: the product is symmetric, so that above `whole` rows its lower left quarter need not be computed"
-    if len(x) <= whole: return (x @ x.T).square().sum()
-    first, second = x.chunk(2)
-    return gram_square(first) + gram_square(second) + 2 * (first @ second.T).square().sum()
+    "Σ ‖xxᵀ‖²: the product is symmetric, so that above `whole` rows its lower left quarter need not be computed"
+    if x.shape[-2] <= whole or x.device.type != "cpu": return (x @ x.mT).square().sum()
+    first, second = x.chunk(2, -2)
+    return gram_square(first) + gram_square(second) + 2 * (first @ second.mT).square().sum()
 
 def historical_loss(
     syn_mean: torch.Tensor,   # (C, d)

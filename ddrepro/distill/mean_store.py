@@ -15,9 +15,10 @@ from pathlib import Path
 import safetensors
 import torch
 
+from ..core.compute import Compute, in_one_copy
 from ..core.files import DamagedFile, load_tensors, save_tensors, write_json
 from ..core.provenance import store_code
-from .moments import Compute, Sampler, real_features, real_mean
+from .moments import Sampler, real_features, real_means
 
 # %% ../../nbs/distill/06_mean_store.ipynb #cell-006
 BLOCK = 64   # iterations a shard
@@ -79,7 +80,7 @@ def means_key(
     real,           # RealData
     source,         # of networks
     sampler: Sampler, modality: str, compute: Compute,
-    made_by=(real_mean,)   # functions and classes whose code they depend on
+    made_by=(real_means,)   # functions and classes whose code they depend on
 ) -> dict:          # plain data
     "Everything the real means of a modality depend on besides class and iteration"
     normalisation = real.normalisation[modality]
@@ -139,16 +140,16 @@ class RealMeans:
     ) -> torch.Tensor:         # (classes, d)
         "Real means of an iteration"
         shards = self.shards.get(modality)
-        means = []
-        for c in classes:
-            mean = shards.get(t, c) if shards else None
-            if mean is None:
-                net = net or self.source.at(t, modality, self.compute.device)
-                mean = real_mean(self.real, net, self.sampler, modality, t, c, self.compute)
-                self.forwards += self.sampler.size(self.real.train.by_class[c])
-                if shards: shards.put(t, c, mean)
-            means.append(mean.to(self.compute.device))
-        return torch.stack(means)
+        known = {c: shards.get(t, c) for c in classes} if shards else {}
+        missing = tuple(c for c in classes if known.get(c) is None)
+        if missing:
+            net = net or self.source.at(t, modality, self.compute.device)
+            found = real_means(self.real, net, self.sampler, modality, t, missing, self.compute)
+            self.forwards += sum(self.sampler.size(self.real.train.by_class[c]) for c in missing)
+            if not shards: return found
+            known |= dict(zip(missing, found.cpu()))
+            for c in missing: shards.put(t, c, known[c])
+        return in_one_copy([torch.stack([known[c] for c in classes])], self.compute.device)[0]
 
     def flush(self):
         "Write what is not written"
@@ -194,21 +195,23 @@ class RealFeatures:
     def at(
         self, draw: int, classes: tuple, modality: str,
         net                # that of the draw
-    ) -> list:             # a class: (B, d)
+    ):                     # (C, B, d), or a class: (B_c, d)
         "Real features of a draw"
-        return [self.of_class(draw, c, modality, net) for c in classes]
+        if modality not in self.keys: return self.made(draw, classes, modality, net)
+        known = {c: self.read(modality, c, draw) for c in classes}
+        missing = tuple(c for c, x in known.items() if x is None)
+        if missing:
+            for c, x in zip(missing, self.made(draw, missing, modality, net)):
+                known[c] = x.to("cpu", torch.bfloat16)
+                save_tensors(self.path(modality, c, draw), {"features": known[c]}, "features", self.keys[modality])
+        found = [x.to(self.compute.dtype) for x in in_one_copy(known.values(), self.compute.device)]
+        return torch.stack(found) if len({len(x) for x in found}) == 1 else found
 
-    def of_class(self, draw: int, c: int, modality: str, net) -> torch.Tensor:
-        "Real features (B, d) of a class"
-        stored = modality in self.keys
-        x = self.read(modality, c, draw) if stored else None
-        if x is None:
-            x = real_features(self.real, net, self.sampler, modality, draw, c, self.compute)
-            self.forwards += len(x)
-            if not stored: return x
-            x = x.to("cpu", torch.bfloat16)
-            save_tensors(self.path(modality, c, draw), {"features": x}, "features", self.keys[modality])
-        return x.to(self.compute.device, self.compute.dtype)
+    def made(self, draw: int, classes: tuple, modality: str, net):
+        "Real features of some classes, computed now"
+        found = real_features(self.real, net, self.sampler, modality, draw, classes, self.compute)
+        self.forwards += sum(map(len, found))
+        return found
 
     def read(self, modality: str, c: int, draw: int):
         "Features of a class and draw from the store; None where they are missing, damaged or of another key"

@@ -31,11 +31,10 @@ class MemoryBank:
         width: int,            # d
         models: int,           # networks of the pool
         like: torch.Tensor     # whose device and dtype the bank has
-    ) -> dict:                 # "bank": (banks, classes, d), "updates": (banks,), how often each was updated
+    ) -> dict:                 # "bank": (banks, classes, d), "updates": (banks,), how often each was updated, on the CPU
         "State before the first iteration"
         banks = models if self.scope == "per_model" else 1
-        return dict(bank=like.new_zeros(banks, classes, width),
-                    updates=torch.zeros(banks, dtype=torch.int64, device=like.device))
+        return dict(bank=like.new_zeros(banks, classes, width), updates=torch.zeros(banks, dtype=torch.int64))
 
     def bank_of(self, model: int) -> int:
         "Which bank a network writes and reads"

@@ -8,6 +8,7 @@ __all__ = ['STEP_RULES', 'coast', 'StepRule', 'Diverged', 'Method', 'Context', '
 # %% ../../nbs/distill/02_method.ipynb #cell-003
 import dataclasses
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 import torch
 from fastcore.basics import patch
@@ -43,18 +44,25 @@ class StepRule:
     def approach(self, S, v):
         "S and v where the gradients of this iteration are taken"
         if self.name != "per_class_shared": return S, v
-        return coast(S, v, torch.tensor(self.classes, device=S.device), self.lr, self.momentum)
+        return coast(S, v, _numbers(self.classes, S.device), self.lr, self.momentum)
 
     def step(self, S, v, g):
         "S and v after the gradient `g`, coasted to the end of the iteration"
         v = self.momentum * v + g
         S = S - self.lr * v
         if self.name != "per_class_shared": return S, v
-        left = self.total - 1 - torch.tensor(self.classes, device=S.device)
-        return coast(S, v, left, self.lr, self.momentum)
+        left = tuple(self.total - 1 - c for c in self.classes)
+        return coast(S, v, _numbers(left, S.device), self.lr, self.momentum)
+
+@lru_cache(16)
+def _numbers(values: tuple, device: torch.device) -> torch.Tensor:
+    "Integers on a device, copied there once; nobody writes to them"
+    return torch.tensor(values, device=device)
 
 # %% ../../nbs/distill/02_method.ipynb #cell-017
-class Diverged(RuntimeError): "The loss, a gradient, S or a learned rate became unusable"
+class Diverged(RuntimeError):
+    "The loss, a gradient, S or a learned rate became unusable"
+    t = None    # the iteration, where it is not the one that runs
 
 @dataclass(frozen=True)
 class Method:

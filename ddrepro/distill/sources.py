@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
+from ..core.compute import net_on
 from ..core.files import DamagedFile, load_tensors, save_tensors
 from ..core.progress import Progress
 from ..core.provenance import canonical, short_hash, store_code
@@ -33,7 +34,7 @@ class RandomNets:
     def at(self, t: int, modality: str, device="cpu") -> torch.nn.Module:
         "The frozen network of iteration `t` for one modality"
         net = make_net(self.specs[modality], self.shapes[modality], self.seed, "source/random", modality, t)
-        return net.requires_grad_(False).train().to(device)
+        return net_on(net.requires_grad_(False).train(), device)
 
     def model_of(self, t: int) -> int:
         "Which of several networks iteration `t` uses: there is only ever one"

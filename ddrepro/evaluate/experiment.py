@@ -29,6 +29,7 @@ import torch
 from fastcore.basics import patch
 
 import ddrepro
+from ..core.compute import resolve_device
 from ..core.files import DamagedFile, digest, write_atomic, write_json
 from ..core.locks import Busy, locked
 from ..core.progress import Progress
@@ -39,7 +40,6 @@ from ..core.workers import keep_freed_memory
 from ..distill.distilled import DistilledData
 from ..distill.loop import distill, distilled_from, own_code
 from ..distill.method import Diverged, Method
-from ..distill.moments import resolve_device
 from .tasks import TASKS, Scoring, Task, origin_of, task_of
 from ..nets.dual import DualSpec
 from ..nets.pair_training import pair_recipe

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from ..core.compute import resolve_device
 from ..core.share import choose
 from ..core.values import scalar, whole_number
 from ..data.pairs import PairData
 from ..data.real import RealData
-from ..distill.moments import resolve_device
 from .classification import LETTERS, evaluation_job, score, score_each, whole_job
 from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of

@@ -17,6 +17,7 @@ from ..distill.families import FeatureMatching, only_sounds
 from ..distill.losses import covariance_loss, historical_loss, prototype_loss
 from ..distill.memory_bank import MemoryBank
 from ..distill.method import Context
+from ..distill.moments import mean_by_class
 from ..distill.sources import Pool, PoolNets, random_nets
 from . import register
 from ..nets.networks import feature_width, spec_for
@@ -143,7 +144,7 @@ def after(self: DSDM, context: Context, S: dict, state: dict, t: int) -> dict:
     model = context.source.model_of(draw)
     for m, canvases in S.items():
         features = self.synthetic_side(context, m, canvases, self.network(context, m, draw), draw, stream="matching/bank")
-        prototypes = torch.stack([x.mean(0) for x in features])
+        prototypes = mean_by_class(features)
         bank = self.bank.update(self.history(state, m), prototypes, model)
         following |= {f"{k}/{m}": x for k, x in bank.items()}
     return following
@@ -157,8 +158,8 @@ def terms(self: DSDM, context: Context, S: dict, state: dict, t: int) -> dict:
         net = self.network(context, m, draw)
         real = context.features.at(draw, context.classes, m, net)
         synthetic = self.synthetic_side(context, m, canvases, net, draw)
-        means = torch.stack([x.mean(0) for x in synthetic])
-        terms["proto"] = terms["proto"] + prototype_loss(torch.stack([x.mean(0) for x in real]), means)
+        means = mean_by_class(synthetic)
+        terms["proto"] = terms["proto"] + prototype_loss(mean_by_class(real), means)
         if self.lambda_sd: terms["sd"] = terms["sd"] + covariance_loss(real, synthetic, divisor=self.divisor)
         bank = self.bank.read(self.history(state, m), t, context.source.model_of(draw)) if self.lambda_h else None
         if bank is not None: terms["h"] = terms["h"] + historical_loss(means, bank, per_dim=self.h_per_dim)

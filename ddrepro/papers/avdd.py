@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+from ..core.compute import Compute
 from ..core.share import choose
 from ..data.registry import entries, load_data
 from ..distill.loop import distill
 from ..distill.losses import dm_loss, jm_loss, mgm_loss
 from ..distill.method import Context
-from ..distill.moments import Compute
 from ..evaluate.classification import equal_steps_epochs, stretched
 from ..evaluate.experiment import Experiment, run_all
 from ..evaluate.statistics import Claim

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 from fastcore.basics import patch
 
+from ..core.compute import resolve_compute
 from ..core.share import choose
 from ..data.registry import entries, load_data
 from ..distill.method import Context
-from ..distill.moments import resolve_compute
 from ..evaluate.classification import equal_steps_epochs, stretched
 from ..evaluate.experiment import Experiment
 from ..methods import get_method, registered

@@ -15,12 +15,13 @@ import torch
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 
+from ..core.compute import EXACT, Compute
 from ..core.seeding import key_bits, keyed_choice
 from ..core.share import choose
 from ..data.real import RealData
 from ..distill.distilled import DistilledData
 from ..distill.losses import prototype_loss
-from ..distill.moments import EXACT, Compute, features
+from ..distill.moments import features
 from ..nets.networks import same_width
 from .plots import PALETTE, colours, new_figure, only_modality, some_classes
 from .tables import check_frame
