@@ -192,8 +192,9 @@ def test_what_a_method_keeps_moves_with_the_run():
              "S/rate/image": torch.tensor(.1), "draws": 4}
     there = state_on(state, Compute(), SimpleNamespace(device="meta", dtype=torch.float64))
     assert there.pop("draws") == 4
+    counts = there.pop("updates/image")                       # read without waiting for a GPU
+    assert (counts.dtype, counts.device.type) == (torch.int64, "cpu")
     assert {x.device.type for x in there.values()} == {"meta"} and all(x.is_contiguous() for x in there.values())
-    assert there.pop("updates/image").dtype == torch.int64
     assert {x.dtype for x in there.values()} == {torch.float64}
     back = state_on(state, Compute(precision="float64"), Compute())
     assert back["sums"].dtype == torch.float32 and back["bank/image"].dtype == torch.float32
