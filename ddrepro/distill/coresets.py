@@ -153,7 +153,7 @@ def coreset(
     modalities = tuple(modalities or real.modalities)
     recipe = get_recipe(recipe)
     kept = -(-k // KEPT) * KEPT
-    key = dict(data=real.fingerprint, specs={m: asdict(s) for m, s in specs.items()}, recipe=asdict(recipe), seed=seed,
+    key = dict(data=real.fingerprint, specs={m: s.key() for m, s in specs.items()}, recipe=asdict(recipe), seed=seed,
                modalities=list(modalities), normalise=normalise, fusion=fusion, kept=kept,
                code=store_code(embedding, embedded_lists, type(real), without=[get_recipe]))
     name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()

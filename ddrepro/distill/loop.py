@@ -193,7 +193,7 @@ def check_classes(method: Method, real, classes) -> tuple:
     if not everything: raise ValueError(f"{real.name} has no classes to choose from: leave out classes={list(classes)}")
     if not classes or set(classes) - set(everything):
         raise ValueError(f"classes must be labels between 0 and {everything[-1]}, got {list(classes)}")
-    if classes != everything and not method.class_separable:
+    if classes != everything and not method.separable():
         raise ValueError(f"{method.name} is not class-separable (its classes influence one another): "
                          f"distil all {len(everything)} classes together")
     return classes

@@ -18,7 +18,7 @@ import torch
 from ..core.compute import Compute, in_one_copy
 from ..core.files import DamagedFile, load_tensors, save_tensors, write_json
 from ..core.provenance import store_code
-from .moments import Sampler, real_features, real_means
+from .moments import Sampler, mixes_samples, real_features, real_means
 
 # %% ../../nbs/distill/06_mean_store.ipynb #cell-006
 BLOCK = 64   # iterations a shard
@@ -144,6 +144,7 @@ class RealMeans:
         missing = tuple(c for c in classes if known.get(c) is None)
         if missing:
             net = net or self.source.at(t, modality, self.compute.device)
+            if mixes_samples(net): missing = classes
             found = real_means(self.real, net, self.sampler, modality, t, missing, self.compute)
             self.forwards += sum(self.sampler.size(self.real.train.by_class[c]) for c in missing)
             if not shards: return found
@@ -201,6 +202,7 @@ class RealFeatures:
         known = {c: self.read(modality, c, draw) for c in classes}
         missing = tuple(c for c, x in known.items() if x is None)
         if missing:
+            if mixes_samples(net): missing = classes
             for c, x in zip(missing, self.made(draw, missing, modality, net)):
                 known[c] = x.to("cpu", torch.bfloat16)
                 save_tensors(self.path(modality, c, draw), {"features": known[c]}, "features", self.keys[modality])

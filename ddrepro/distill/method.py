@@ -201,6 +201,11 @@ def strategy_on(self: Method, real) -> str:
     return ""
 
 @patch
+def separable(self: Method) -> bool:
+    "Whether classes can be distilled apart under these hyper-parameters"
+    return self.class_separable
+
+@patch
 def varying(self: Method, real, *, compiled: bool = False) -> list:
     "What varies from run to run on a GPU, of the names in `arithmetic.VARYING`"
     if not self.iterations: return []

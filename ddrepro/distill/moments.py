@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GRAPH_LIMIT', 'DRAWN_BY', 'even_chunks', 'class_groups', 'forward', 'cast_once', 'features', 'graph_bytes',
-           'largest_chunk', 'permutation', 'Sampler', 'Draws', 'draw_order', 'class_omegas', 'real_batches',
-           'each_group', 'real_features', 'real_means', 'joined', 'mean_by_class', 'class_features', 'same',
-           'needs_rebuild', 'synthetic_features']
+           'mixes_samples', 'largest_chunk', 'permutation', 'Sampler', 'Draws', 'draw_order', 'class_omegas',
+           'real_batches', 'each_group', 'real_features', 'real_means', 'joined', 'mean_by_class', 'class_features',
+           'same', 'needs_rebuild', 'synthetic_features']
 
 # %% ../../nbs/distill/05_moments.ipynb #cell-003
 import copy
+import sys
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache
 
@@ -98,8 +99,13 @@ def graph_bytes(net, samples: int, shape: tuple) -> int:
     Three maps a block at its input's size, each block a quarter of the one before."""
     return int(samples * shape[-1] * shape[-2] * len(net.blocks[0][0].bias) * 4 * 3 * 4 / 3)
 
+def mixes_samples(net: nn.Module) -> bool:
+    "Whether a network normalises over the batch, so that its features of a sample depend on the others"
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in net.modules())
+
 def largest_chunk(net, shape: tuple, compute: Compute) -> int:
-    "Samples in one forward pass: the run's choice, on a GPU as many of them as `GRAPH_LIMIT` holds"
+    "Samples in one forward pass: the run's choice, on a GPU as many of them as `GRAPH_LIMIT` holds; all where they see one another"
+    if mixes_samples(net): return sys.maxsize
     if compute.kind == "cpu" or not hasattr(net, "blocks"): return compute.chunk
     return max(1, min(compute.chunk, GRAPH_LIMIT // graph_bytes(net, 1, shape)))
 

@@ -42,16 +42,17 @@ class RandomNets:
 
     def key(self, modality: str) -> dict:
         "Everything the networks of a modality depend on, as plain data"
-        return dict(source="random", spec=asdict(self.specs[modality]), shape=list(self.shapes[modality]), tap="flat",
+        return dict(source="random", spec=self.specs[modality].key(), shape=list(self.shapes[modality]), tap="flat",
                     seed=self.seed)
 
 def random_nets(
     shapes: dict,  # modality → sample shape
-    width: int,    # channels of every block
-    seed: int
+    width: int,    # channels of every block of a ConvNet
+    seed: int,
+    net: str = "convnet"   # their kind, as `networks.spec_for` takes it
 ) -> RandomNets:
     "The published network for every modality's shape, random each iteration"
-    return RandomNets({m: spec_for(s, width) for m, s in shapes.items()}, shapes, seed)
+    return RandomNets({m: spec_for(s, width, net) for m, s in shapes.items()}, shapes, seed)
 
 # %% ../../nbs/distill/04_sources.ipynb #cell-009
 ALSO_KEPT = (1, 2, 5, 10, 15, 20, 25, 30)   # epochs of a training that are kept on its way to a later one
@@ -122,7 +123,7 @@ class Pool:
     def key(self) -> dict:
         "Everything a network of the pool depends on besides its index and its epochs"
         recipe = asdict(replace(self.recipe or get_recipe("pool"), epochs=0))
-        return dict(source="pool", data=self.real.fingerprint, modality=self.modality, spec=asdict(self.spec),
+        return dict(source="pool", data=self.real.fingerprint, modality=self.modality, spec=self.spec.key(),
                     recipe=recipe, seed=self.seed,
                     device=self.device.split(":")[0], code=self.code)
 

@@ -18,7 +18,7 @@ from ..core.share import choose
 from ..core.workers import side_by_side
 from ..data.real import PARTS
 from ..distill.distilled import guard_rates
-from ..nets.networks import FUSIONS, NETS, spec_for
+from ..nets.networks import FUSIONS, feature_width, spec_for
 from ..nets.training import Recipe, accuracies, get_recipe, new_net, train, train_together
 
 # %% ../../nbs/evaluate/01_classification.ipynb #cell-006
@@ -158,14 +158,16 @@ def scored_inputs(real, part: str, modalities: tuple) -> dict:
 
 def scoring_side(real, part: str, inputs: dict, recipe, width: int, fusion: str, epochs: int, net: str) -> dict:
     "What a job holds besides its training samples `inputs`"
-    for name, value, allowed in (("part", part, PARTS), ("fusion", fusion, FUSIONS), ("net", net, NETS)): choose(name, value, allowed)
+    for name, value, allowed in (("part", part, PARTS), ("fusion", fusion, FUSIONS)): choose(name, value, allowed)
     if not len(getattr(real, part)): raise ValueError(f"{part} of {real.name} is empty: there is nothing to score on")
     if not (epochs or get_recipe(recipe).epochs):
         raise ValueError(f"recipe {get_recipe(recipe).name} has no epochs: nothing would be learned")
     modalities = tuple(inputs)
+    specs = {m: spec_for(real.shapes[m], width, net) for m in modalities}
+    for m, spec in specs.items(): feature_width(spec, real.shapes[m])      # refuses an input that nothing is left of
     return dict(test_inputs=scored_inputs(real, part, modalities), test_labels=getattr(real, part).labels,
-                classes=len(real.classes), specs={m: spec_for(real.shapes[m], width, net) for m in modalities},
-                fusion=fusion, recipe=get_recipe(recipe), strategy=real.strategy, epochs=epochs)
+                classes=len(real.classes), specs=specs, fusion=fusion, recipe=get_recipe(recipe),
+                strategy=real.strategy, epochs=epochs)
 
 # %% ../../nbs/evaluate/01_classification.ipynb #cell-011
 def with_learned_rates(

@@ -22,7 +22,7 @@ from ..data.real import RealData
 from .classification import LETTERS, evaluation_job, score, score_each, whole_job
 from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of
-from ..nets.networks import FUSIONS, NETS
+from ..nets.networks import FUSIONS, net_in_words
 from ..nets.pair_training import pair_recipe
 from ..nets.training import Recipe, get_recipe
 
@@ -35,7 +35,7 @@ class Scoring:
     epochs: int = None       # passes; the drops stay where the recipe has them (`stretched` moves them)
     width: int = None        # of the evaluation networks
     fusion: str = None       # heads of several modalities; "linear": the plain head of one
-    net: str = None          # kind of the evaluation networks, or image encoder: cross-architecture
+    net: str = None          # kind of the evaluation networks and its options, or image encoder: cross-architecture
     dual: DualSpec = None    # encoders, for pairs
 
 class Origin(NamedTuple):
@@ -96,7 +96,8 @@ class Classification(Task):
         several = len(real.modalities) > 1
         recipe = get_recipe(scoring.recipe or origin.recipe or default_recipe(real, whole))
         fusion = choose("fusion", scoring.fusion or ("ensemble" if several else "linear"), FUSIONS)
-        net = choose("net", scoring.net or "convnet", NETS)
+        net = scoring.net or "convnet"
+        net_in_words(net)
         return replace(scoring, recipe=recipe, fusion=fusion, net=net, width=scoring.width or origin.width or 128)
 
     def facts(self, scoring):

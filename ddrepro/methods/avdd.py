@@ -14,7 +14,7 @@ from ..distill.families import MeanMatching
 from ..distill.losses import jm_loss, mgm_loss
 from . import register
 from .dm import DM
-from ..nets.networks import feature_width, same_width, spec_for
+from ..nets.networks import feature_width, same_width
 
 # %% ../../nbs/methods/avdd.ipynb #cell-006
 @register
@@ -53,7 +53,7 @@ def check(self: AVDD, real):
         raise ValueError(f"avdd needs the modalities audio and image, {real.name} has {', '.join(real.modalities)}")
     for what in ("lambda_jm", "lambda_mgm"):
         if getattr(self, what) < 0: raise ValueError(f"{what} must not be negative, got {getattr(self, what)}")
-    widths = {m: feature_width(spec_for(shape, self.width), shape) for m, shape in real.shapes.items()}
+    widths = {m: feature_width(spec, real.shapes[m]) for m, spec in self.specs_on(real).items()}
     same_width("joint and modality gap matching", widths)
 
 def control(method: AVDD) -> DM:

@@ -20,7 +20,7 @@ from ..distill.method import Context
 from ..distill.moments import mean_by_class
 from ..distill.sources import Pool, PoolNets, random_nets
 from . import register
-from ..nets.networks import feature_width, spec_for
+from ..nets.networks import feature_width
 from ..nets.training import Recipe, get_recipe, idc_recipe
 
 # %% ../../nbs/methods/dsdm.ipynb #cell-006
@@ -94,16 +94,16 @@ def check(self: DSDM, real):
 @patch
 def networks(self: DSDM, context: Context):
     seed = context.draws.made_by
-    if self.source == "random" or not self.iterations: return random_nets(context.real.shapes, self.width, seed)
+    if self.source == "random" or not self.iterations: return random_nets(context.real.shapes, self.width, seed, self.net)
     return PoolNets(self.pools(context), self.models, seed)
 
 @patch
 def pools(self: DSDM, context: Context) -> dict:
     "Modality → opened Pool"
     real, pools = context.real, {}
-    for m, shape in real.shapes.items():
+    for m, spec in self.specs_on(real).items():
         recipe = replace(get_recipe("pool"), batch=self.pool_batch, cutmix=self.pool_cutmix, augment=m not in real.signals)
-        pools[m] = Pool(real, m, spec_for(shape, self.width), self.models, self.pool_epochs, self.pool_seed, recipe,
+        pools[m] = Pool(real, m, spec, self.models, self.pool_epochs, self.pool_seed, recipe,
                         context.store, context.compute.device).open()
     return pools
 
@@ -125,8 +125,8 @@ def empty_bank(self: DSDM, context: Context) -> dict:
     if not self.lambda_h: return {}
     like = torch.zeros(0, dtype=context.compute.dtype, device=context.compute.device)
     state = {}
-    for m, shape in context.real.shapes.items():
-        width = feature_width(spec_for(shape, self.width), shape)
+    for m, spec in self.specs_on(context.real).items():
+        width = feature_width(spec, context.real.shapes[m])
         empty = self.bank.empty(len(context.classes), width, self.models, like)
         state |= {f"{k}/{m}": x for k, x in empty.items()}
     return state

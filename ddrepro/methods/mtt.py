@@ -23,7 +23,7 @@ from ..distill.method import Context
 from . import register
 from .dm import is_audio_visual
 from ..nets.experts import EXPERT, Experts
-from ..nets.networks import spec_for
+from ..nets.networks import feature_width, spec_for
 from ..nets.training import training_loss
 from ..nets.vectors import run_flat
 
@@ -92,7 +92,9 @@ class MTT(TrajectoryMatching):
     selection_seed: int = None      # of herding's embedding networks
     strategy: str = None            # DSA string; default the data's, "" for none
     width: int = 128                # of student and experts
+    net: str = "convnet"            # their kind, with options; none that normalises over the batch
 
+    added = ("net",)
     name = "mtt"
     recipe = "mtt"                  # trains with the learned rate
 
@@ -108,13 +110,19 @@ def check(self: MTT, real):
     if not self.lr > 0: raise ValueError(f"lr must be positive, got {self.lr}")
     if self.alpha_audio is not None and not self.alpha_audio > 0:
         raise ValueError(f"alpha_audio must be positive, got {self.alpha_audio}")
+    for m, shape in real.shapes.items():
+        spec = spec_for(shape, self.width, self.net)
+        feature_width(spec, shape)
+        if spec.norm == "batch":
+            raise ValueError(f"mtt matches parameters alone and cannot follow the running statistics of net {self.net!r}; "
+                             "choose another norm, such as 'convnet:norm=instance'")
 
 # %% ../../nbs/methods/mtt.ipynb #cell-016
 @patch
 def buffer(self: MTT, real, modality: str, store, device="cpu") -> Experts:
     "The experts of one modality"
     recipe = replace(EXPERT, rate=self.expert_rate, batch=self.expert_batch)
-    specs = {modality: spec_for(real.shapes[modality], self.width)}
+    specs = {modality: spec_for(real.shapes[modality], self.width, self.net)}
     return Experts(real, specs, store, self.experts, self.expert_epochs, self.expert_seed, recipe, device=device)
 
 @patch

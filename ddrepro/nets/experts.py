@@ -191,7 +191,7 @@ def expert_key(experts: Experts) -> dict:
     "Everything an expert depends on besides its index and its epochs, as plain data"
     e = experts
     recipe = asdict(replace(e.recipe, epochs=0)) | dict(drops=list(e.recipe.drops), without=list(e.recipe.without))
-    return dict(source="experts", data=e.real.fingerprint, specs={m: asdict(s) for m, s in e.specs.items()},
+    return dict(source="experts", data=e.real.fingerprint, specs={m: s.key() for m, s in e.specs.items()},
                 fusion=e.fusion, recipe=recipe,
                 seed=e.seed, layout=e.layout.plain(), device=e.device.split(":")[0],
                 code=store_code(expert_jobs, train_expert, train_together_on, type(e.real)))
