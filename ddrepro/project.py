@@ -293,6 +293,7 @@ def chores(
     sub = commands.add_parser("quick", help="lint, and the chapters and tests of what changed, within three minutes")
     sub.add_argument("--since", default="main", help="branch or revision that changes are counted from (default: main)")
     commands.add_parser("check", help="are modules, notebooks and README in step, and does every reference resolve?")
+    commands.add_parser("published", help="write reports/published.html from nbs/published.ipynb as it was executed")
     commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
     args = parser.parse_args(argv)
     root = project_root()
@@ -304,6 +305,11 @@ def chores(
     except (ValueError, FileNotFoundError) as error: parser.error(str(error))
     if args.chore == "lint": return lint(root)
     if args.chore == "quick": return run_quick(root, args.since)
+    if args.chore == "published":
+        from ddrepro.report.report import render_report, report_index
+        render_report(root / "nbs/published.ipynb", root / "reports/published.html")
+        report_index(root / "reports")
+        return 0
     if args.chore == "readme":
         (root / "README.md").write_text(readme_text(root / "nbs/index.ipynb"), encoding="utf-8")
         return 0

@@ -55,7 +55,7 @@ def test_batch_norm_sees_all_classes(real):
     assert alone.labels == (0,)
 
 def test_trajectories(real, tmp_path):
-    small = dict(ipc=1, width=4, iterations=1, steps=2, span=1, max_start=1, experts=1, expert_epochs=2)
+    small = dict(ipc=1, width=4, iterations=1, steps=2, span=1, max_start=1, experts=1, expert_epochs=2, lr=1., lr_rate=1e-8)
     with pytest.raises(ValueError, match="cannot follow the running statistics"):
         get_method("mtt", net="resnet18:norm=batch", **small).check(real)
     made = distill(get_method("mtt", net="mlp", **small), real, store=tmp_path, compute=EXACT, progress=False)
