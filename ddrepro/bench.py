@@ -58,7 +58,7 @@ def noise_data(
 def plain_features(net, x) -> torch.Tensor:
     "Features (N, d) by torch's own normalisation and pooling"
     for conv, norm, _, _ in net.blocks:
-        x = F.relu(F.group_norm(conv(x), len(norm.weight), norm.weight, norm.bias))
+        x = F.relu(F.group_norm(conv(x), len(norm.weight), norm.weight, norm.bias), inplace=True)
         x = F.avg_pool2d(x, 2)
     return x.flatten(1)
 

@@ -18,10 +18,9 @@ import pandas as pd
 import torch
 
 from .core.seeding import keyed_normal
-from .core.timing import in_turns, table
+from .core.timing import in_turns, peak_memory, table
 from .core.workers import keep_freed_memory, main_hidden
 from .distill.unroll import trajectory_loss, unroll
-from .evaluate.retrieval_speed import peak_memory
 from .nets.layers import HalfPool, InstanceNorm
 from .nets.networks import spec_for
 from .nets.training import new_net, training_loss

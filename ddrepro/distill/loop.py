@@ -81,6 +81,7 @@ class Checkpoints:
             raise OSError(f"cannot write checkpoints to {self.folder}: it is read-only; choose another folder, or copy it")
         self.identity, self.facts = identity, facts or {}
         self.moves = ()
+        self.earlier, self.clock = 0., time.monotonic()     # seconds that were spent before, and when this stretch began
 
     def files(self) -> list: return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
@@ -90,7 +91,8 @@ class Checkpoints:
         tensors = {k: torch.tensor(x) if k in integers else x for k, x in state.items()}
         tensors["curve"] = torch.tensor(curve, dtype=torch.float64)
         meta = dict(identity=self.identity, t=t, compute=asdict(compute), integers=integers, run=self.facts,
-                    machine=machine_facts(compute.device), moves=list(self.moves))
+                    machine=machine_facts(compute.device), moves=list(self.moves),
+                    seconds=round(self.earlier + time.monotonic() - self.clock, 1))
         save_tensors(self.folder / f"checkpoint-{t:08d}.safetensors", tensors, "checkpoint", meta)
         for old in self.files()[:-KEEP]: old.unlink()
 
@@ -106,7 +108,7 @@ class Checkpoints:
             self.check(meta, file)
             curve = tensors.pop("curve").tolist()
             state = {k: int(x) if k in meta["integers"] else x for k, x in tensors.items()}
-            machine, moves = meta.get("machine", {}), tuple(meta.get("moves", ()))
+            machine, moves, self.earlier = meta.get("machine", {}), tuple(meta.get("moves", ())), meta.get("seconds", 0.)
             return Saved(meta["t"], state, curve, Compute(**meta["compute"]), machine, moves)
         if files: print(f"no checkpoint in {self.folder} is intact; beginning at iteration 0")
         return None

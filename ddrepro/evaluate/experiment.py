@@ -6,9 +6,9 @@
 __all__ = ['COLUMNS', 'ONE_NETWORK', 'COMPUTE_NAMES', 'Experiment', 'settled', 'work_folder', 'runs_folder', 'store_folder',
            'experiment_digest', 'git_revision', 'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked',
            'asked_for', 'snapshot_path', 'with_snapshots', 'snapshot_keeper', 'distillation_run', 'make_run',
-           'finished_run', 'kept_run', 'set_of', 'sealed', 'unsealed', 'each_once', 'rows_path', 'all_rows',
-           'stored_rows', 'add_rows', 'row_facts', 'job_of', 'distilled_all', 'run_each', 'missing_networks', 'run_all',
-           'labelled']
+           'seconds_before', 'device_of', 'finished_run', 'kept_run', 'set_of', 'sealed', 'unsealed', 'each_once',
+           'rows_path', 'all_rows', 'stored_rows', 'add_rows', 'row_facts', 'job_of', 'distilled_all', 'run_each',
+           'missing_networks', 'run_all', 'labelled']
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-003
 import hashlib
@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import subprocess
-import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -30,11 +30,12 @@ from fastcore.basics import patch
 
 import ddrepro
 from ..core.compute import resolve_device
-from ..core.files import DamagedFile, digest, write_atomic, write_json
+from ..core.files import DamagedFile, digest, load_tensors, write_atomic, write_json
 from ..core.locks import Busy, locked
 from ..core.progress import Progress
 from ..core.provenance import short_hash, store_code
 from ..core.share import choose, place, project_root
+from ..core.timing import cost_of
 from ..core.values import as_kind
 from ..core.workers import keep_freed_memory
 from ..distill.distilled import DistilledData
@@ -236,19 +237,32 @@ def make_run(
     store: Path, compute: dict, progress: bool, snapshots
 ) -> Run:
     "Distil, in a folder that is held, and write the certificate last"
-    started, clock, distilled = datetime.now(timezone.utc), time.monotonic(), None
-    if e.method:
-        settings = dict(on_iteration=snapshot_keeper(e, real, folder, snapshots)) | (compute or {})
-        distilled = distill(e.method, real, e.seed, store=store, folder=folder, progress=progress, **settings)
+    started, earlier, distilled = datetime.now(timezone.utc), seconds_before(folder), None
+    with cost_of(device_of(compute)) as cost:
+        if e.method:
+            settings = dict(on_iteration=snapshot_keeper(e, real, folder, snapshots)) | (compute or {})
+            distilled = distill(e.method, real, e.seed, store=store, folder=folder, progress=progress, **settings)
+    if distilled is not None:
         distilled.save(folder / "distilled")
         losses = pd.DataFrame({"iteration": range(len(distilled.curve)), "loss": distilled.curve})
         write_atomic(folder / "loss.csv", losses.to_csv(index=False).encode())
     facts = dict(spec=spec, dataset=real.name, digest=experiment_digest(e.method, task_of(real)),
-                 started=started.isoformat(timespec="seconds"), seconds=round(time.monotonic() - clock, 1),
+                 started=started.isoformat(timespec="seconds"), **cost | dict(seconds=round(earlier + cost["seconds"], 1)),
                  compute=distilled.card["compute"] if distilled else {}, environment=environment())
     write_atomic(folder / "certificate.txt", sealed(json.dumps(facts, indent=1, sort_keys=True) + "\n"))
     for old in folder.glob("checkpoint-*"): old.unlink()
     return Run(folder, distilled, facts)
+
+def seconds_before(folder: Path) -> float:
+    "Seconds that a run took before it was stopped, from the newest checkpoint in its folder; 0 where there is none"
+    for file in sorted(folder.glob("checkpoint-*.safetensors"), reverse=True):
+        with suppress(DamagedFile): return load_tensors(file, "checkpoint")[1].get("seconds", 0.)
+    return 0.
+
+def device_of(compute: dict) -> str:
+    "The device of a run, of what `distill` is given"
+    given = compute or {}
+    return given["compute"].device if given.get("compute") else resolve_device(given.get("device", "auto"))
 
 def finished_run(folder: Path, e: Experiment, real, compute: dict, snapshots, *, told: bool = False) -> Run | None:
     "The run of a folder where it is finished, intact and as asked for; None, and why is said, where it must be made again"

@@ -7,7 +7,7 @@ __all__ = ['ALIKE', 'STALE', 'NO_METHOD', 'BEST_COLUMN', 'LEGEND', 'MODALITIES',
            'plus_minus', 'named', 'stale_names', 'line_head', 'check_missing', 'spread_whole', 'columns_of',
            'printed_numbers', 'column_head', 'head_cell', 'table_heads', 'cell_text', 'printed_text', 'table_notes',
            'pivot_table', 'summary_of', 'shown_modalities', 'table_values', 'results_table', 'p_value',
-           'difference_table']
+           'difference_table', 'cost_table']
 
 # %% ../../nbs/report/03_tables.ipynb #3dd7cc09
 import html
@@ -279,3 +279,17 @@ def difference_table(
     shown = comparisons.assign(interval=interval)[columns].rename(columns={"p_holm": "p (Holm)", "modality": "in"})
     formats = {"difference": "{:+.2f}", "p (Holm)": p_value}
     return shown.style.format(formats, na_rep="–").hide(axis="index")
+
+# %% ../../nbs/report/03_tables.ipynb #53ed9c81
+def cost_table(
+    rows: pd.DataFrame   # as `papers.cells.with_costs`: row, dataset, ipc, run, seconds, peak_mib, gpu_peak_mib, processor
+) -> pd.DataFrame:       # a line a row, data set and IPC that distils
+    "Mean seconds of a distillation and the most memory of its process, real side and pools included where this run made them"
+    made = rows[rows["at"].ne(0)].drop_duplicates("run")
+    lines = []
+    for (dataset, row, ipc), own in made.groupby(["dataset", "row", "ipc"], sort=False):
+        line = {"data set": dataset, "": row, "IPC": ipc, "distillations": len(own), "seconds each": round(own.seconds.mean(), 1)}
+        for column, head in (("peak_mib", "process, MiB at most"), ("gpu_peak_mib", "GPU, MiB at most")):
+            if own[column].notna().any(): line[head] = int(own[column].max())
+        lines.append(line | {"on": own.processor.iloc[0]})
+    return pd.DataFrame(lines).fillna("not known")
