@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3; do $$p -c '$(ENOUGH)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help setup demo lint quick test chapters readme wheel clean
+.PHONY: help setup demo lint quick test gpu chapters readme wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ test: $(READY)  ## everything: lint, chapters, modules and README in step, then 
 	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project test
 	$(RUN)/python -m ddrepro.project check
 	$(RUN)/python -m pytest -q -n auto --dist loadfile tests
+
+gpu: $(READY)  ## on a GPU: the cells marked gpu, and reports/gpu_<card>.json
+	$(RUN)/python -m ddrepro.bench_gpu
 
 chapters: $(READY)  ## execute the chapters and save what they show (some: make chapters only="losses moments")
 	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project chapters $(only)

@@ -68,13 +68,14 @@ def plain_iteration(
     t: int
 ) -> tuple:           # loss, its gradient in the shape of S
     "A DM iteration class by class"
-    net = context.source.at(t, "image")
+    net = context.source.at(t, "image", S.device)
     total, gradient = 0., torch.zeros_like(S)
     for c in context.classes:
         omega = context.sampler.omega(t, c)
         rows = context.sampler.real_indices(context.real.train.by_class[c], t, c)
         with torch.no_grad():
-            real = plain_features(net, apply_dsa(context.real.batch("train", rows)["image"], omega)).mean(0)
+            images = context.real.batch("train", rows, S.device)["image"]
+            real = plain_features(net, apply_dsa(images, omega)).mean(0)
         samples = S[c].detach().clone().requires_grad_()
         loss = (real - plain_features(net, apply_dsa(samples, omega)).mean(0)).square().sum()
         gradient[c] = torch.autograd.grad(loss, samples)[0]
@@ -173,7 +174,8 @@ def plain_dsdm(
 ) -> tuple:       # the next state, the loss
     "A DSDM iteration class by class"
     real = context.real
-    net = context.source.at(t, "image")
+    device = state["S/image"].device
+    net = context.source.at(t, "image", device)
     normalise = real.normalisation["image"]
     S = state["S/image"].clamp(0, 1).requires_grad_()
     bank = state["bank/image"][0].clone()
@@ -182,7 +184,7 @@ def plain_dsdm(
     samples = lambda c: normalise(decode(S[c], method.factor, method.order))
     total = 0.
     for c in context.classes:
-        images = real.batch("train", context.sampler.real_indices(real.train.by_class[c], t, c))["image"]
+        images = real.batch("train", context.sampler.real_indices(real.train.by_class[c], t, c), device)["image"]
         both = augment(torch.cat([images, samples(c)]), context.sampler.omega(t, c))
         with torch.no_grad(): x = plain_features(net, both[:len(images)])
         s = plain_features(net, both[len(images):])

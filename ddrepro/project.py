@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAR', 'LINTED', 'LINE', 'LONG_SHARE', 'chapters_named', 'is_run', 'last_states', 'run_chapter', 'run_chapters',
-           'run_tests', 'relink', 'readme_text', 'contents', 'remedy', 'out_of_step', 'code_lines', 'long_lines',
-           'lint', 'run_within', 'run_quick', 'chores']
+           'run_tests', 'flagged_cells', 'flagged', 'relink', 'readme_text', 'contents', 'remedy', 'out_of_step',
+           'code_lines', 'long_lines', 'lint', 'run_within', 'run_quick', 'chores']
 
 # %% ../nbs/project.ipynb #cell-003
 import argparse
@@ -108,14 +108,33 @@ def run_tests(
     names: list[str],  # notebook names; empty for all
     root: Path,  # the checkout
     workers: int = 2,  # processes at a time
+    flags: str = "",  # of cells that are skipped otherwise: "gpu"
 ) -> int:
     "nbdev_test for chapters that must exist; the exit status"
     chapters = chapters_named(names, root)
     targets = [["--path", str(chapter)] for chapter in chapters] if names else [[]]
     command = [Path(sys.executable).with_name("nbdev_test"), "--n_workers", str(0 if names else workers)]
+    if flags: command += ["--flags", flags]
     failed = [target for target in targets if subprocess.run(command + target, cwd=root).returncode]
     if not failed: print(f"{len(chapters)} {'chapter' if len(chapters) == 1 else 'chapters'} passed")
     return min(len(failed), 1)
+
+# %% ../nbs/project.ipynb #507edbf5
+def flagged_cells(
+    notebook: Path,
+    flag: str,  # "gpu", "slow", "data"
+) -> list[str]:
+    "The sources of a chapter's code cells that have a flag"
+    sources = ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
+    return [source for source in sources if re.match(rf"(#\|.*\n)*#\|\s*{flag}\s*$", source, re.M)]
+
+
+def flagged(
+    flag: str,  # as above
+    root: Path,  # the checkout
+) -> list[str]:
+    "The names of the chapters that have such cells"
+    return [name for name, notebook in notebooks_in(root / "nbs").items() if flagged_cells(notebook, flag)]
 
 # %% ../nbs/project.ipynb #cell-021
 def relink(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT32_UNITS', 'VARYING', 'unit', 'older_setting', 'steady_arithmetic', 'steadily', 'varying_operations', 'cpu_name',
-           'machine_facts', 'core_count']
+           'machine_facts', 'core_count', 'accelerator_kinds', 'device_count']
 
 # %% ../../nbs/core/11_arithmetic.ipynb #3009ecc7
 import os
@@ -88,9 +88,23 @@ def machine_facts(
     device: str   # "cpu", "cuda", "cuda:1"
 ) -> dict:        # torch, processor; on a CPU also threads
     "What the bits of a result depend on besides the program and its settings"
-    if not device.startswith("cpu"): return dict(torch=torch.__version__, processor=torch.cuda.get_device_name(device))
+    if not device.startswith("cpu"):
+        return dict(torch=torch.__version__, processor=torch.get_device_module(device).get_device_name(device))
     return dict(torch=torch.__version__, processor=cpu_name(), threads=torch.get_num_threads())
 
 def core_count() -> int:
     "Processor cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../../nbs/core/11_arithmetic.ipynb #327f9388
+def accelerator_kinds() -> tuple:
+    "Kinds of devices besides the CPU: \"cuda\", and the name of a backend that was registered with torch"
+    name = torch._C._get_privateuse1_backend_name()
+    return ("cuda",) if name == "privateuseone" else ("cuda", name)
+
+def device_count(
+    device: str   # "cuda", "cuda:1"
+) -> int:
+    "How many devices of its kind are here"
+    module = torch.get_device_module(device.partition(":")[0])
+    return module.device_count() if module.is_available() else 0

@@ -99,4 +99,5 @@ def compiler_lacks(
 ) -> str:
     "What torch.compile lacks on this machine for a device; empty where it can be used"
     if device.startswith("cuda"): return gpu_compiler_lacks(device)
-    return cpu_compiler_lacks()
+    if device.startswith("cpu"): return cpu_compiler_lacks()
+    return f"it builds no code for devices of the kind {device.partition(':')[0]}"

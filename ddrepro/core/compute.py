@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .arithmetic import accelerator_kinds, device_count
 from .compilers import compiler_lacks
 from .share import choose
 from .values import whole_number
@@ -54,7 +55,7 @@ def device_name(
     "The name of a device as everything here has it; ValueError for what is none"
     name = str(device)
     if re.fullmatch(r"cpu(:0)?", name): return "cpu"
-    if re.fullmatch(r"cuda(:\d+)?", name): return name
+    if re.fullmatch(rf"({'|'.join(accelerator_kinds())})(:\d+)?", name): return name
     if name.startswith("cuda:"): raise ValueError(f"device must name a GPU as 'cuda' or 'cuda:1'; got {name!r}")
     return choose("device", name, ("auto", "cpu", "cuda"))
 
@@ -66,7 +67,7 @@ def has_compiler(device: str) -> bool:
 
 def has_bfloat16(device: str) -> bool:
     "Whether bfloat16 arithmetic is native: AVX512-BF16 or AMX on a CPU, Ampere or later on a GPU"
-    if device.startswith("cuda"): return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu": return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../../nbs/core/15_compute.ipynb #c2df819b
@@ -79,7 +80,7 @@ def resolve_device(
     if str(device) == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     name = device_name(device)
     if name == "cpu": return name
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = device_count(name)
     if not count:
         raise ValueError(f"device {name!r} was asked for and torch finds no CUDA GPU; use device='cpu' or 'auto'")
     if int(name.partition(":")[2] or 0) >= count:
