@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from ddrepro.core.files import digest, load_tensors
 from ddrepro.core.seeding import keyed_int, keyed_normal
 from ddrepro.data.pairs import PairData, PairPart
-from ddrepro.data.real import Normalisation
+from ddrepro.data.real import Normalisation, RealData
+from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import DistilledData
 
 TESTS = Path(__file__).parent
@@ -268,6 +270,13 @@ def squares(train: int = 24) -> PairData:
 
     parts = part("train", train), part("validation", 8), part("test", 8)
     return PairData("squares", *parts, normalisation={"image": Normalisation((.2,) * 3, (.3,) * 3)})
+
+
+def few_digits(a_class: int = 12, test: int = 40) -> RealData:
+    "The embedded digits with a few training samples of every class"
+    digits = load_data("digits")
+    kept = torch.cat([torch.from_numpy(rows[:a_class]) for rows in digits.train.by_class.values()])
+    return replace(digits, train=digits.train.select(kept), test=digits.test.select(range(test)))
 
 
 def idx(array) -> bytes:

@@ -173,12 +173,14 @@ def distilled_from(
     classes: tuple,   # labels held by S
     card: dict, curve
 ) -> DistilledData:
-    "The synthetic set of a state; rates learned with it, `S/rate/image`, go to its card"
+    "The synthetic set of a state; rates learned with it, `S/rate/image`, and what else the method says go to its card"
     tensors = {m: within(state[f"S/{m}"], method.bounds(real, m)).cpu() for m in real.modalities}
     rates = {k.removeprefix("S/rate/"): x.item() for k, x in state.items() if k.startswith("S/rate/")}
     if rates: card = card | dict(rates=rates)
+    S = {k.removeprefix("S/"): x.detach().cpu() for k, x in state.items() if k.startswith("S/")}
+    card, soft = card | method.learned_facts(S), method.soft_labels(S)
     return DistilledData(tensors, real.classes, classes, dict(real.normalisation), method.factor, dict(real.signals), card,
-                         tuple(curve), method.order_on(real), method.space_on(real), real.task)
+                         tuple(curve), method.order_on(real), method.space_on(real), real.task, soft)
 
 def plain_recipe(recipe) -> dict:
     "A Recipe, or one by its name, as plain data for a card"
@@ -241,8 +243,10 @@ def threads_of(compute: Compute):
 def start_state(method: Method, context: Context) -> dict:
     "S, velocities of zero, and the method's own state, as one flat mapping"
     S, besides = method.start(context)
-    state = {f"S/{m}": x.to(context.compute.device, context.compute.dtype) for m, x in S.items()}
-    return state | {f"v/{m}": torch.zeros_like(state[f"S/{m}"]) for m in S} | besides
+    S = {m: x.to(context.compute.device, context.compute.dtype) for m, x in S.items()}
+    rules = method.rules(context) if method.iterations else {}
+    at_rest = {m: rules[m].rest(x) if m in rules else torch.zeros_like(x) for m, x in S.items()}
+    return {f"S/{m}": x for m, x in S.items()} | {f"v/{m}": x for m, x in at_rest.items()} | besides
 
 # %% ../../nbs/distill/10_loop.ipynb #276d23b3
 def begin(
@@ -362,6 +366,7 @@ def one_iteration(method: Method, context: Context, rules: dict, state: dict, t:
 def updated(method: Method, context: Context, rules: dict, state: dict, t: int) -> tuple:
     "(state after one update of every class, what to look at of it: its loss, of each modality the sums of gradient and S)"
     following, at, velocity = dict(state), {}, {}
+    rules = {m: rule.at(t) for m, rule in rules.items()}
     for m, rule in rules.items():
         S = within(state[f"S/{m}"], method.bounds(context.real, m))
         at[m], velocity[m] = rule.approach(S, state[f"v/{m}"])

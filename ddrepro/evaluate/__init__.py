@@ -8,6 +8,10 @@ __all__ = []
 # %% ../../nbs/evaluate/90_evaluate.ipynb #d0794da0
 from .experiment import Experiment as Experiment
 from .experiment import run_all as run_all
+from .robustness import equal_teacher as equal_teacher
+from .robustness import robust_scores as robust_scores
+from .robustness import robustness_rows as robustness_rows
+from .robustness import run_robustness as run_robustness
 from .statistics import compare as compare
 from .tasks import Scoring as Scoring
 from .tasks import evaluate as evaluate

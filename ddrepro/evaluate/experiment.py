@@ -7,8 +7,8 @@ __all__ = ['COLUMNS', 'ONE_NETWORK', 'COMPUTE_NAMES', 'Experiment', 'settled', '
            'experiment_digest', 'git_revision', 'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked',
            'asked_for', 'snapshot_path', 'with_snapshots', 'snapshot_keeper', 'distillation_run', 'make_run',
            'seconds_before', 'device_of', 'finished_run', 'kept_run', 'set_of', 'sealed', 'unsealed', 'each_once',
-           'rows_path', 'all_rows', 'stored_rows', 'add_rows', 'row_facts', 'job_of', 'distilled_all', 'run_each',
-           'missing_networks', 'run_all', 'labelled']
+           'rows_path', 'all_rows', 'stored_rows', 'add_rows', 'recipe_name', 'row_facts', 'job_of', 'distilled_all',
+           'run_each', 'missing_networks', 'run_all', 'labelled']
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-003
 import hashlib
@@ -63,6 +63,7 @@ class Experiment:
     at: int = None                   # score the set as it was after so many iterations; default the last
     label: str = ""                  # how tables name the row; not part of the hash
     task: str = ""                   # of the data, once settled
+    targets: object = None           # what networks are trained on: "hard", "soft", a Teacher; default what the set has
 
     def __post_init__(self):
         for name, least in (("seed", None), ("eval_seeds", 0), ("epochs", 1), ("width", 1), ("at", None)):
@@ -85,7 +86,7 @@ class Experiment:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.recipe, self.part, self.epochs, self.width, self.fusion, self.net, self.dual)
+        return Scoring(self.recipe, self.part, self.epochs, self.width, self.fusion, self.net, self.dual, self.targets)
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-008
 def settled(e: Experiment, real) -> Experiment:
@@ -167,7 +168,7 @@ class Run:
     @cached_property
     def set(self) -> str:
         "Digest of the learned tensors, which rows carry; empty for the whole data"
-        return digest(self.distilled.tensors, {})[:16] if self.distilled else ""
+        return digest(self.distilled.learned(), {})[:16] if self.distilled else ""
 
 class AskedOtherwise(ValueError): "A kept run was computed in another way than is asked for now"
 
@@ -331,13 +332,19 @@ def add_rows(run: Run, e: Experiment, rows: pd.DataFrame):
         whole = pd.concat(tables).drop_duplicates(ONE_NETWORK)
         write_atomic(rows_path(run, e), sealed(whole[COLUMNS].to_csv(index=False)))
 
+def recipe_name(e: Experiment) -> str:
+    "How rows name the recipe of a settled experiment, so that rows with other labels are not averaged with them"
+    if e.targets is None: return e.recipe.name
+    if isinstance(e.targets, str): return f"{e.recipe.name}, {e.targets} labels"
+    return f"{e.recipe.name}, labels of a teacher at {e.targets.temperature:g}"
+
 def row_facts(e: Experiment, real, run: Run) -> dict:
     "Columns that all rows of a settled experiment share"
     method = e.method
     facts = dict(method="whole data", ipc=0, factor=1, at=0, draws=0)
     if method: facts = dict(method=method.name, ipc=method.ipc, factor=method.factor, at=e.at or method.iterations,
                             draws=getattr(method, "draws", 0))
-    return facts | dict(dataset=real.name, part=e.part, fusion=e.fusion, recipe=e.recipe.name, net=e.net,
+    return facts | dict(dataset=real.name, part=e.part, fusion=e.fusion, recipe=recipe_name(e), net=e.net,
                         run=run.folder.name, set=run.set, digest=experiment_digest(method, TASKS[e.task]))
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #a0ee9079

@@ -19,12 +19,20 @@ from ..core.share import choose
 from ..core.values import scalar, whole_number
 from ..data.pairs import PairData
 from ..data.real import RealData
-from .classification import LETTERS, evaluation_job, score, score_each, whole_job
+from ..distill.teachers import Teacher
+from ddrepro.evaluate.classification import (
+    LETTERS,
+    check_targets,
+    evaluation_job,
+    score,
+    score_each,
+    whole_job,
+)
 from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of
 from ..nets.networks import FUSIONS, net_in_words
 from ..nets.pair_training import pair_recipe
-from ..nets.training import Recipe, get_recipe
+from ..nets.training import get_recipe, recipe_from
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #44075b8c
 @dataclass(frozen=True)
@@ -37,24 +45,28 @@ class Scoring:
     fusion: str = None       # heads of several modalities; "linear": the plain head of one
     net: str = None          # kind of the evaluation networks and its options, or image encoder: cross-architecture
     dual: DualSpec = None    # encoders, for pairs
+    targets: object = None   # what networks are trained on: "hard", "soft", or a Teacher; None: what the set has
 
 class Origin(NamedTuple):
     "What the method that made a set says about scoring it"
     recipe: object = None
     width: int = None
     dual: DualSpec = None
+    net: str = None
 
 def origin_of(
     method, real   # a Method, or None for the whole data
 ) -> Origin:
     "What a method says"
-    return Origin(method.recipe_on(real), method.width, method.dual) if method else Origin()
+    if not method: return Origin()
+    return Origin(method.recipe_on(real), method.width, method.dual, getattr(method, "net", None))
 
 def origin_from(distilled) -> Origin:
     "What the card of a distilled set says"
     if distilled is None: return Origin()
     spec, recipe = distilled.card.get("method", {}), distilled.card.get("recipe")
-    return Origin(Recipe(**recipe) if recipe else None, spec.get("width"), dual_of(spec) if distilled.task == "retrieval" else None)
+    dual = dual_of(spec) if distilled.task == "retrieval" else None
+    return Origin(recipe_from(recipe) if recipe else None, spec.get("width"), dual, spec.get("net"))
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #a83c6bf8
 class Task:
@@ -93,21 +105,31 @@ class Classification(Task):
 
     def settled(self, scoring, real, origin, whole=False):
         refuse_given(scoring, self.name, "dual")
+        check_targets(scoring.targets)
+        if whole and scoring.targets not in (None, "hard"):
+            raise ValueError("targets is for distilled sets; all real training data have hard labels, got "
+                             f"{scoring.targets!r:.60}")
+        targets = scoring.targets.settled(real) if isinstance(scoring.targets, Teacher) else scoring.targets
         several = len(real.modalities) > 1
         recipe = get_recipe(scoring.recipe or origin.recipe or default_recipe(real, whole))
         fusion = choose("fusion", scoring.fusion or ("ensemble" if several else "linear"), FUSIONS)
-        net = scoring.net or "convnet"
+        net = scoring.net or origin.net or "convnet"         # the set's own kind of network
         net_in_words(net)
-        return replace(scoring, recipe=recipe, fusion=fusion, net=net, width=scoring.width or origin.width or 128)
+        width = scoring.width or origin.width or 128
+        return replace(scoring, recipe=recipe, fusion=fusion, net=net, width=width, targets=targets)
 
     def facts(self, scoring):
-        return dict(recipe=asdict(scoring.recipe), part=scoring.part, fusion=scoring.fusion, epochs=scoring.epochs,
-                    width=scoring.width, net=scoring.net)
+        facts = dict(recipe=asdict(scoring.recipe), part=scoring.part, fusion=scoring.fusion, epochs=scoring.epochs,
+                     width=scoring.width, net=scoring.net)
+        if scoring.targets is None: return facts             # as it was before there were others
+        taught_by = isinstance(scoring.targets, Teacher)
+        return facts | dict(targets=scoring.targets.facts() if taught_by else scoring.targets)
 
     def job(self, distilled, real, scoring, store=None):
         settings = dict(recipe=scoring.recipe, part=scoring.part, width=scoring.width, fusion=scoring.fusion,
                         epochs=scoring.epochs, net=scoring.net)
-        return whole_job(real, **settings) if distilled is None else evaluation_job(distilled, real, **settings)
+        if distilled is None: return whole_job(real, **settings)
+        return evaluation_job(distilled, real, **settings, targets=scoring.targets, store=store)
 
     def score_each(self, jobs, device): return score_each(jobs, device)
 
@@ -125,7 +147,7 @@ class Retrieval(Task):
     code = (score_pairs, score_pairs_each, pair_job, PairData)
 
     def settled(self, scoring, real, origin, whole=False):
-        refuse_given(scoring, self.name, "width")
+        refuse_given(scoring, self.name, "width", "targets")
         dual = scoring.dual or origin.dual or DualSpec()
         if scoring.net not in (None, "same", dual.image): dual = dual.trained_on(scoring.net)
         if scoring.fusion: raise ValueError(f"fusion is not for {self.name}, got {scoring.fusion!r}")
@@ -159,7 +181,8 @@ def evaluate(
     device: str = "auto",       # "auto", "cpu", "cuda"
     net: str = None, *,         # kind of the evaluation networks, or image encoder: cross-architecture
     dual: DualSpec = None,      # encoders for pairs; default those the set was distilled with
-    store=None                  # folder of caption embeddings
+    store=None,                 # folder of caption embeddings and teachers
+    targets=None                # "hard", "soft", or a Teacher that labels the samples; default what the set has
 ) -> pd.DataFrame:              # one row a network and measure
     "Score a distilled set: tidy rows with every single accuracy or recall"
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
@@ -169,7 +192,7 @@ def evaluate(
     task = task_of(real)
     if distilled is not None and distilled.task != task.name:
         raise ValueError(f"the distilled set teaches {distilled.task}; {real.name} is for {task.name}")
-    scoring = Scoring(recipe, part, epochs, width, fusion, net, dual)
+    scoring = Scoring(recipe, part, epochs, width, fusion, net, dual, targets)
     scoring = task.settled(scoring, real, origin_from(distilled), whole=distilled is None)
     seed = distilled.card.get("seed", 0) if distilled is not None else 0
     job = task.job(distilled, real, scoring, store)

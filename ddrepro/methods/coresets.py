@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from ..core.arithmetic import varying_operations
 from ..core.share import choose
-from ..distill.coresets import initial, pair_rows, pairs_at
+from ..distill.coresets import FORGETTING_ENDS, initial, pair_rows, pairs_at
 from ..distill.method import Context, Method, pools_adaptively
 from . import register
 from ..nets.dual import DualFields, spec_without_defaults
@@ -95,14 +95,23 @@ class KCenter(Herding):
 @register
 @dataclass(frozen=True)
 class Forgetting(Coreset):
-    "Pairs that an expert forgot most, or least, often while it was trained"
+    "Samples of every class, or pairs, that were forgotten most, or least, often in a training on all of them"
     name = "forgetting"
     keep: str = "most"            # or "least"
+    selection_seed: int = None    # seed of the watched training; default the distillation seed
 
-    tasks = ("retrieval",)
+    added = ("selection_seed",)
 
     def check(self, real):
         Method.check(self, real)
-        choose("keep", self.keep, ("most", "least"))
+        choose("keep", self.keep, FORGETTING_ENDS)
+
+    def of_classes(self, context):
+        return initial(context, self.name, self.ipc, self.factor, self.width, selection_seed=self.selection_seed,
+                       keep=self.keep)
+
+    def varying(self, real, *, compiled=False):
+        if real.task != self.tasks[0]: return Method.varying(self, real, compiled=compiled)
+        return varying_operations(adaptive=pools_adaptively(real))
 
     def of_pairs(self, context): return pairs_at(self, context, pair_rows(self.name, self, context, self.keep))
