@@ -41,6 +41,7 @@ def requirements(name):
 
 readme = HERE / "README.md"
 notebooks, whitening = requirements("notebooks_requirements"), requirements("whitening_requirements")
+grid = requirements("grid_requirements")
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -62,8 +63,8 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"notebooks": notebooks, "encoders": requirements("encoders_requirements"), "whitening": whitening,
-                    "dev": requirements("dev_requirements") + notebooks + whitening},
+    extras_require={"notebooks": notebooks, "encoders": requirements("encoders_requirements"), "whitening": whitening, "grid": grid,
+                    "dev": requirements("dev_requirements") + notebooks + whitening + grid},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [cfg["lib_name"] + "=" + cfg["lib_name"] + "._modidx:d"],

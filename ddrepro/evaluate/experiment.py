@@ -6,9 +6,9 @@
 __all__ = ['COLUMNS', 'ONE_NETWORK', 'COMPUTE_NAMES', 'Experiment', 'settled', 'work_folder', 'runs_folder', 'store_folder',
            'experiment_digest', 'git_revision', 'processor', 'environment', 'Run', 'AskedOtherwise', 'as_asked',
            'asked_for', 'snapshot_path', 'with_snapshots', 'snapshot_keeper', 'distillation_run', 'make_run',
-           'seconds_before', 'device_of', 'finished_run', 'kept_run', 'set_of', 'sealed', 'unsealed', 'each_once',
-           'rows_path', 'all_rows', 'stored_rows', 'add_rows', 'recipe_name', 'row_facts', 'job_of', 'distilled_all',
-           'run_each', 'missing_networks', 'run_all', 'labelled']
+           'write_run', 'seconds_before', 'device_of', 'finished_run', 'kept_run', 'set_of', 'sealed', 'unsealed',
+           'each_once', 'rows_path', 'all_rows', 'stored_rows', 'add_rows', 'recipe_name', 'row_facts', 'job_of',
+           'distilled_all', 'run_each', 'missing_networks', 'run_all', 'labelled']
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-003
 import hashlib
@@ -243,13 +243,25 @@ def make_run(
         if e.method:
             settings = dict(on_iteration=snapshot_keeper(e, real, folder, snapshots)) | (compute or {})
             distilled = distill(e.method, real, e.seed, store=store, folder=folder, progress=progress, **settings)
+    seconds = earlier + cost.pop("seconds")
+    return write_run(e, real, folder, spec, distilled, started.isoformat(timespec="seconds"), seconds, **cost)
+
+def write_run(
+    e: Experiment, real, folder: Path,
+    spec: dict,                       # of the distillation
+    distilled: DistilledData | None,  # None for the whole data
+    started: str,                     # when distillation began
+    seconds: float,                   # it took
+    **more                            # facts for the certificate, such as peak_mib
+) -> Run:
+    "Write a distilled set and its losses into a folder that is held, and the certificate last"
     if distilled is not None:
         distilled.save(folder / "distilled")
         losses = pd.DataFrame({"iteration": range(len(distilled.curve)), "loss": distilled.curve})
         write_atomic(folder / "loss.csv", losses.to_csv(index=False).encode())
     facts = dict(spec=spec, dataset=real.name, digest=experiment_digest(e.method, task_of(real)),
-                 started=started.isoformat(timespec="seconds"), **cost | dict(seconds=round(earlier + cost["seconds"], 1)),
-                 compute=distilled.card["compute"] if distilled else {}, environment=environment())
+                 started=started, seconds=round(seconds, 1),
+                 compute=distilled.card["compute"] if distilled else {}, environment=environment()) | more
     write_atomic(folder / "certificate.txt", sealed(json.dumps(facts, indent=1, sort_keys=True) + "\n"))
     for old in folder.glob("checkpoint-*"): old.unlink()
     return Run(folder, distilled, facts)
