@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ..core.seeding import keyed, keyed_choice, keyed_int, keyed_uniform
 from ..core.share import choose
+from .dc_augment import DCAugmentation, apply_dc, draw_dc
 from .real import check_strategy
 
 # %% ../../nbs/data/05_augment.ipynb #cell-008
@@ -130,22 +131,23 @@ def apply_diffaug(x: torch.Tensor, composition: Composition) -> torch.Tensor:
     return x
 
 # %% ../../nbs/data/05_augment.ipynb #cell-029
-FAMILIES = {"dsa": draw_dsa, "diffaug": draw_diffaug}
+FAMILIES = {"dsa": draw_dsa, "diffaug": draw_diffaug, "dc": draw_dc}
 
 def draw_augmentation(
-    family: str,                      # "dsa": one operation (DC family); "diffaug": the composition (IDC family)
+    family: str,                      # "dsa": one operation (DC family); "diffaug": the composition (IDC family); "dc"
     strategy: str,                    # names joined by "_"
     n: int,                           # 1: one set of parameters for the batch; N: one set a sample
     seed: int, stream: str, *indices  # key of the draws
-) -> Augmentation | Composition:
+) -> Augmentation | Composition | DCAugmentation:
     "Draw an augmentation of a family from a key"
     return FAMILIES[choose("augmentation family", family, FAMILIES)](strategy, n, seed, stream, *indices)
 
 def augment(
-    x: torch.Tensor,                   # (N, ch, H, W), normalised
-    drawn: Augmentation | Composition  # by `draw_augmentation`
-) -> torch.Tensor:                     # (N, ch, H, W)
-    "Apply an augmentation of either family"
+    x: torch.Tensor,  # (N, ch, H, W), normalised
+    drawn: Augmentation | Composition | DCAugmentation  # by `draw_augmentation`
+) -> torch.Tensor:    # (N, ch, H, W)
+    "Apply an augmentation of any family"
+    if isinstance(drawn, DCAugmentation): return apply_dc(x, drawn)
     return apply_diffaug(x, drawn) if isinstance(drawn, Composition) else apply_dsa(x, drawn)
 
 # %% ../../nbs/data/05_augment.ipynb #1b7466ba

@@ -12,6 +12,7 @@ from .distilled import merge as merge
 from .families import FeatureMatching as FeatureMatching
 from .families import MeanMatching as MeanMatching
 from .families import TrajectoryMatching as TrajectoryMatching
+from .gradient_matching import GradientMatching as GradientMatching
 from .loop import distill as distill
 from .method import Context as Context
 from .method import Diverged as Diverged

@@ -47,7 +47,7 @@ class Recipe:
     drop_by: float = 0.1
     restart: bool = False                         # a drop makes a new optimiser: momentum begins at zero again
     augment: bool = True                          # by the data's strategy, parameters a sample
-    family: str = "dsa"                           # "dsa": one operation a batch; "diffaug": IDC's composition
+    family: str = "dsa"                           # "dsa": one operation a batch; "diffaug": IDC's composition; "dc"
     strategy: str = None                          # operations; default the data's
     without: tuple = ()                           # operations left out of the strategy
     cutmix: float = 0.                            # probability that a batch is mixed
@@ -116,6 +116,7 @@ RECIPES = {
     "mtt": dc_recipe(name="mtt", rate=None),
     "dc_plain": dc_recipe(300, name="dc_plain", augment=False),
     "dd": StepRecipe("dd", epochs=3, batch=1, optimiser="sgd", rate=None, momentum=0., augment=False),
+    "dc_digits": dc_recipe(name="dc_digits", family="dc", strategy="crop_scale_rotate"),
     "idc": idc_recipe(1000),
     "dsdm": idc_recipe(name="dsdm"),
     "speech": idc_recipe(name="speech", augment=False, cutmix=0.),

@@ -10,7 +10,7 @@ __all__ = ['DSDM_METHODS', 'DSDM_ROWS', 'DSDM_CONTROLS', 'ABLATION', 'ARCHITECTU
            'trained_pool', 'claims_of_one']
 
 # %% ../../nbs/papers/dsdm.ipynb #b3976cf1
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from fastcore.basics import patch
@@ -85,17 +85,34 @@ class DSDMSettings:
     part: str = "test"
     own_recipes: bool = False     # the DC family's rows by the DC family's recipe (E-5)
     draws: int = 0                # K matching draws; 0: ever new ones
+    real: object = field(default=None, compare=False, repr=False)   # the data, for methods' own recipes
 
     def recipe(self, name: str, ipc: int = 0, factor: int = 1) -> Recipe:
-        "The evaluation recipe of a method's row"
+        "The evaluation recipe of a row whose method has none of its own"
         if self.own_recipes and name not in ("dsdm", "m3d"): return dc_recipe(max(1, self.epochs * 2 // 3))
         return dsdm_recipe(self.dataset, ipc, factor, self.epochs, sounds=self.sounds)
+
+    def recipe_for(self, method) -> Recipe:
+        "The evaluation recipe of a method's row: with `own_recipes` the one it declares, as long as this report's in proportion"
+        own = method.recipe_on(self.real) if self.own_recipes and method.name != "dsdm" else None
+        if own is None: return self.recipe(method.name, method.ipc, method.factor)
+        own = get_recipe(own)
+        epochs = max(1, round(own.epochs * self.epochs / DSDM_PROFILES["paper"]["epochs"]))
+        return own if epochs == own.epochs else stretched(own, epochs)
+
+    def iterations_of(self, name: str, ipc: int, factor: int) -> int | None:
+        "The report's number; of a method that publishes its own for the IPC no more than that, and all of it at the paper's length"
+        published = registered()[name].defaults(self.dataset, ipc, factor).get("iterations")
+        if published is None or self.iterations is None: return self.iterations
+        at_full_length = self.iterations >= DSDM_PROFILES["paper"]["iterations"]
+        return published if at_full_length else min(published, self.iterations)
 
     def configured(self, name: str, ipc: int, **changes):
         "The method with published defaults, tuned rate, then this report's settings"
         settings = DSDM_PAPER.tuned_for(self.dataset, name, ipc) | dict(width=self.width)
         fields = registered()[name].__dataclass_fields__
-        numbers = dict(iterations=self.iterations, batch=self.batch, models=self.models, pool_epochs=self.pool_epochs,
+        factor = changes.get("factor", registered()[name].factor)
+        numbers = dict(iterations=self.iterations_of(name, ipc, factor), batch=self.batch, models=self.models, pool_epochs=self.pool_epochs,
                        pool_batch=self.pool_batch, draws=self.draws)
         if "batch" in fields: settings |= {k: v for k, v in numbers.items() if k in fields and v is not None}
         return get_method(name, self.dataset, ipc, **settings | changes)
@@ -104,7 +121,7 @@ class DSDMSettings:
         shared = dict(eval_seeds=self.eval_seeds, part=self.part, fusion="linear", width=self.width, label=label)
         if name == "whole": return Experiment(None, recipe=replace(self.recipe(name), name="whole"), **shared)
         method = self.configured(name, ipc, **changes)
-        return Experiment(method, recipe=self.recipe(name, ipc, method.factor), seed=seed, **shared)
+        return Experiment(method, recipe=self.recipe_for(method), seed=seed, **shared)
 
 # %% ../../nbs/papers/dsdm.ipynb #14d50af8
 DSDM_PROFILES = {
@@ -179,7 +196,7 @@ def settings(self: DSDMPaper, params: dict, real) -> DSDMSettings:
     return DSDMSettings(real.name, len(real.classes), bool(real.signals), profile["width"], value("iterations"), profile["batch"],
                         value("models"), value("pool_epochs"), profile["pool_batch"], value("epochs"), profile.get("cross_steps"),
                         value("seeds"), value("eval_seeds"), own_recipes=params["own_recipes"],
-                        draws=params["draws"] or profile.get("draws", 0))
+                        draws=params["draws"] or profile.get("draws", 0), real=real)
 
 # %% ../../nbs/papers/dsdm.ipynb #9ad18109
 @patch
