@@ -68,6 +68,16 @@ def test_whole_runs(real, name, settings, net):
     assert torch.isfinite(made.tensors["image"]).all() and np.isfinite(made.curve).all()
     assert made.card["method"]["net"] == net
 
+@pytest.mark.parametrize("name, settings", [("cafe", dict(probe=4, inner_cap=1)), ("idm", dict(factor=2)), ("m3d", {}), ("dc", dict(inner=1, outer=1)),
+                                            ("dsa", dict(inner=1, outer=1)), ("dd", dict(width=4))])
+def test_the_baselines_take_other_networks_too(real, name, settings):
+    net = "convnet:act=leakyrelu,depth=2" if name == "cafe" else "mlp"
+    made = distill(get_method(name, ipc=2, iterations=1, net=net, **dict(width=4) | settings), real, compute=EXACT, progress=False)
+    assert torch.isfinite(made.tensors["image"]).all() and made.card["method"]["net"] == net
+
+def test_cafe_looks_at_blocks(real):
+    with pytest.raises(ValueError, match="cafe looks at blocks of a convnet, mlp has none"): method("cafe", "mlp").check(real)
+
 def test_the_field_stays_out_of_old_specifications():
     assert "net" not in method().spec() and method(net="mlp").spec()["net"] == "mlp"
 

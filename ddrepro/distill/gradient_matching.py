@@ -34,7 +34,7 @@ from ddrepro.distill.gradients import (
     with_gradients,
 )
 from .method import STEP_RULES, Context, Diverged, Method, from_state, in_state
-from .moments import Sampler, real_batch
+from .moments import Sampler, real_batches
 from ..nets.networks import FusionNet, feature_width, spec_for
 from ..nets.training import Recipe, new_net, train
 
@@ -191,7 +191,8 @@ def class_side(self: GradientMatching, context: Context, S: dict, i: int, t: int
     real, sampler, c = context.real, context.sampler, context.classes[i]
     leaves = {m: x[i].detach().requires_grad_() for m, x in S.items()}
     synthetic = {m: augment(self.as_samples(real, m, x), sampler.omega(t, c)) for m, x in leaves.items()}
-    return ClassSide(c, {m: real_batch(real, sampler, m, t, c, context.compute) for m in S}, leaves, synthetic)
+    batches = {m: real_batches(real, sampler, m, t, (c,), context.compute)[0] for m in S}
+    return ClassSide(c, batches, leaves, synthetic)
 
 def to_leaves(side: ClassSide, gradients: list) -> list:
     "Gradients on the canvases of a class from those on its samples, in the order of modalities"

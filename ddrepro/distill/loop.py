@@ -15,7 +15,7 @@ import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -367,6 +367,7 @@ def updated(method: Method, context: Context, rules: dict, state: dict, t: int) 
     "(state after one update of every class, what to look at of it: its loss, of each modality the sums of gradient and S)"
     following, at, velocity = dict(state), {}, {}
     rules = {m: rule.at(t) for m, rule in rules.items()}
+    if (pace := method.pace(t)) != 1: rules = {m: replace(rule, lr=pace * rule.lr) for m, rule in rules.items()}
     for m, rule in rules.items():
         S = within(state[f"S/{m}"], method.bounds(context.real, m))
         at[m], velocity[m] = rule.approach(S, state[f"v/{m}"])

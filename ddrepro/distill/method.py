@@ -221,6 +221,11 @@ def rate(self: Method, real, modality: str) -> float:
     return 0.
 
 @patch
+def pace(self: Method, t: int) -> float:
+    "What every rate is multiplied by at iteration `t`: a schedule, where a method has one"
+    return 1.
+
+@patch
 def check(self: Method, real):
     "Raise ValueError where this method cannot work on these data"
     if real.task not in self.tasks:
