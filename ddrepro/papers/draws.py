@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DRAW_COUNTS', 'DRAW_SETTINGS', 'SMALL_POOL', 'DRAWS_MARGIN', 'draws_name', 'draws_experiments', 'draws_rows',
-           'draws_claims']
+           'draws_claims', 'kept_draws']
 
 # %% ../../nbs/papers/draws.ipynb #ee352153
 import pandas as pd
 
-from ..core.share import choose
+from ..core.share import choose, project_root
 from ..data.registry import load_data
 from ..evaluate.experiment import Experiment, run_all
 from ..evaluate.statistics import Claim, compare
@@ -62,3 +62,9 @@ def draws_claims(rows: pd.DataFrame) -> pd.DataFrame:
     names = set(rows.row)
     claims = [Claim(draws_name(m, k), draws_name(m, 0), DRAWS_MARGIN) for m in ("dm", "dsdm") for k in DRAW_COUNTS if k]
     return compare(rows, [claim for claim in claims if {claim.a, claim.b} <= names], "image", family=len(claims))
+
+def kept_draws() -> pd.DataFrame:
+    "The rows of `draws_experiments` that are kept in a checkout"
+    root = project_root()
+    files = sorted((root / "reports/draws").glob("*.csv")) if root else []
+    return pd.concat(map(pd.read_csv, files), ignore_index=True) if files else pd.DataFrame()

@@ -107,13 +107,20 @@ class DSDMSettings:
         at_full_length = self.iterations >= DSDM_PROFILES["paper"]["iterations"]
         return published if at_full_length else min(published, self.iterations)
 
+    def batch_of(self, name: str, ipc: int, factor: int) -> int:
+        "The report's number of real samples, of a method that publishes its own no more than that, and all of it at the paper's length"
+        method = registered()[name]
+        published = method.defaults(self.dataset, ipc, factor).get("batch", getattr(method, "batch", None))
+        if not published: return self.batch
+        return published if self.batch >= DSDM_PROFILES["paper"]["batch"] else min(published, self.batch)
+
     def configured(self, name: str, ipc: int, **changes):
         "The method with published defaults, tuned rate, then this report's settings"
         settings = DSDM_PAPER.tuned_for(self.dataset, name, ipc) | dict(width=self.width)
         fields = registered()[name].__dataclass_fields__
         factor = changes.get("factor", registered()[name].factor)
-        numbers = dict(iterations=self.iterations_of(name, ipc, factor), batch=self.batch, models=self.models, pool_epochs=self.pool_epochs,
-                       pool_batch=self.pool_batch, draws=self.draws)
+        numbers = dict(iterations=self.iterations_of(name, ipc, factor), batch=self.batch_of(name, ipc, factor),
+                       models=self.models, pool_epochs=self.pool_epochs, pool_batch=self.pool_batch, draws=self.draws)
         if "batch" in fields: settings |= {k: v for k, v in numbers.items() if k in fields and v is not None}
         return get_method(name, self.dataset, ipc, **settings | changes)
 
