@@ -65,13 +65,18 @@ def standing(file) -> Counter:
     ("avd,DM,digits,1,test", "column paper: paper must be one of"),
     ("avdd,dm,digits,1,test", "column dataset: dataset must be one of"),
     ("dsdm,DM,digits,9000,test", "column ipc: "),
-    ("dsdm,DC,digits,1,test,1", "no line can run; DC: no method of this name yet"),
 ])
 def test_a_bad_cell_is_refused_with_its_place(place, row, why):
     file = table(place, f"paper,row,dataset,ipc,profile,table\n{row}\n")
     with pytest.raises(ValueError) as refusal: gather(read_cells(file))
     assert why in str(refusal.value).replace("column methods", "column row")
     assert not (place / "runs").exists()
+
+
+def test_a_row_that_nothing_can_run_is_refused(place, monkeypatch):
+    monkeypatch.setattr("ddrepro.papers.dsdm.is_known", lambda row: row != "DC")
+    file = table(place, "paper,row,dataset,ipc,profile,table\ndsdm,DC,digits,1,test,1\n")
+    with pytest.raises(ValueError, match="no line can run; DC: no method of this name yet"): gather(read_cells(file))
 
 
 def test_everything_wrong_is_said_at_once_and_ends_with_2(place, capsys):
