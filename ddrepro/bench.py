@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from .bench_gradients import bench_gradients, noise_data
 from .bench_trajectories import bench_trajectory
+from .core.certificates import environment
 from .core.compute import Compute, has_bfloat16, has_compiler, resolve_compute
 from .core.files import make_folder, write_json
 from .core.seeding import keyed_normal
@@ -32,12 +33,12 @@ from .data.augment import apply_dsa, augment
 from .data.formation import decode
 from .data.real import RealData
 from .data.registry import load_data
-from .distill.loop import distill, one_iteration, start_state
+from .distill.course import one_iteration
+from .distill.loop import distill, start_state
 from .distill.losses import covariance_loss
 from .distill.mean_store import BLOCK
 from .distill.method import Context
 from .evaluate.classification import evaluation_job, score, score_each, score_one, whole_job
-from .evaluate.experiment import environment
 from .evaluate.retrieval_speed import measure_retrieval
 from .methods import get_method
 from .nets.networks import FusionNet

@@ -25,16 +25,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from .bench import evaluation_jobs, noise_data, plain_dsdm, plain_iteration, prepared, score_stacked
 from .core.arithmetic import FLOAT32_UNITS, unit
+from .core.certificates import environment
 from .core.compilers import compiler_lacks
 from .core.compute import PRECISIONS, Compute, has_bfloat16
 from .core.files import read_json, write_json
 from .core.share import project_root
 from .core.timing import in_turns, table
 from .data.real import RealData
-from .distill.loop import besides_S, distill, one_iteration, start_state
+from .distill.course import besides_S, one_iteration
+from .distill.loop import distill, start_state
 from .distill.method import Context, Method
 from .evaluate.classification import score
-from .evaluate.experiment import environment
 from .methods import get_method
 from .nets.training import accuracies, new_net, train_together
 from .project import flagged, run_tests

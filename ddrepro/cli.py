@@ -118,8 +118,8 @@ def run_paper(
     params = check_parameters(declared, values)
     defaults = {n: p.default for n, p in declared.items()}
     check_request(paper, defaults | params)
+    from ddrepro.core.certificates import runs_folder, work_folder
     from ddrepro.core.files import write_atomic
-    from ddrepro.evaluate.experiment import runs_folder, work_folder
     folder = ready(place(reports or work_folder() / "reports", "name another folder by --reports"))
     if params.get("out"): ready(place(params["out"], "name another folder by -p out"))
     name = name or report_name(paper, defaults | params, defaults)
@@ -170,10 +170,10 @@ def doctor() -> list:   # of (what, how it is), texts
     "Versions, device, threads, precision, compiler, data, store"
     import torch
 
+    from ddrepro.core.certificates import environment, runs_folder, store_folder
     from ddrepro.core.compilers import compiler_lacks
     from ddrepro.core.compute import has_bfloat16, resolve_compute
     from ddrepro.data.registry import data_root, list_data
-    from ddrepro.evaluate.experiment import environment, runs_folder, store_folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = sum(f.stat().st_size for f in store_folder().rglob("*") if f.is_file()) if store_folder().exists() else 0
     lines = [*environment().items(), ("device", device), ("threads", torch.get_num_threads()),

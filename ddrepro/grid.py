@@ -24,12 +24,12 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
+from .core.certificates import runs_folder
 from .core.files import read_json, write_json
 from .core.locks import Busy, locked
 from .core.progress import Progress, duration
 from .core.provenance import short_hash
 from .core.share import choose, need, share_path
-from .evaluate.experiment import runs_folder
 from .grid_cells import read_cells
 from .grid_jobs import JOB_KINDS, GridJob, jobs_of
 from .grid_work import grid_folder, is_made, job_folder, log_of, tries

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from .core.certificates import runs_folder, unsealed
 from .core.files import DamagedFile, read_json
 from .core.locks import locked
 from .core.progress import Progress
@@ -37,10 +38,8 @@ from ddrepro.evaluate.experiment import (
     each_once,
     finished_run,
     run_each,
-    runs_folder,
     settled,
     snapshot_path,
-    unsealed,
     write_run,
 )
 from .grid_jobs import BY_CLASS, GridJob

@@ -154,7 +154,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from ddrepro.core.files import save_tensors
-from ddrepro.evaluate.experiment import runs_folder
+from ddrepro.core.certificates import runs_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 save_tensors(runs_folder() / "small.safetensors", {"x": torch.zeros(8)}, "means", {})
 try: save_tensors(runs_folder() / "large.safetensors", {"x": torch.zeros(5000)}, "means", {})

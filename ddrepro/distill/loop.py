@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP', 'WATCHED', 'own_code', 'run_identity', 'run_facts', 'differences', 'Saved', 'Checkpoints', 'distill',
            'distilled_from', 'plain_recipe', 'check_classes', 'Asked', 'threads_of', 'start_state', 'begin', 'state_on',
-           'bits_depend_on', 'changes_since', 'changes_in_words', 'computed_by', 'iterate', 'learned', 'one_iteration',
-           'updated', 'Course', 'unusable', 'within', 'besides_S']
+           'bits_depend_on', 'changes_since', 'changes_in_words', 'computed_by', 'iterate', 'learned']
 
 # %% ../../nbs/distill/10_loop.ipynb #cell-003
 import hashlib
@@ -15,7 +14,7 @@ import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from ..core.progress import Progress
 from ..core.provenance import store_code
 from ..core.values import number_between, plain, scalar, whole_number
 from ..core.workers import keep_freed_memory
+from .course import Course, one_iteration, updated, within
 from .distilled import DistilledData
 from .method import Context, Diverged, Method
 from ..nets.experts import brief
@@ -355,71 +355,3 @@ def iterate(
 def learned(state: dict) -> dict:
     "What is learned, by name"
     return {k[2:]: x for k, x in state.items() if k.startswith("S/")}
-
-# %% ../../nbs/distill/10_loop.ipynb #cell-013
-def one_iteration(method: Method, context: Context, rules: dict, state: dict, t: int) -> tuple:
-    "(state, loss) after one update of every class"
-    course = Course(t, state, [], list(rules), every=1)
-    course.add(*updated(method, context, rules, state, t))
-    return course.state, course.curve[0]
-
-def updated(method: Method, context: Context, rules: dict, state: dict, t: int) -> tuple:
-    "(state after one update of every class, what to look at of it: its loss, of each modality the sums of gradient and S)"
-    following, at, velocity = dict(state), {}, {}
-    rules = {m: rule.at(t) for m, rule in rules.items()}
-    if (pace := method.pace(t)) != 1: rules = {m: replace(rule, lr=pace * rule.lr) for m, rule in rules.items()}
-    for m, rule in rules.items():
-        S = within(state[f"S/{m}"], method.bounds(context.real, m))
-        at[m], velocity[m] = rule.approach(S, state[f"v/{m}"])
-    leaves = {m: x.detach().clone().requires_grad_() for m, x in at.items()}
-    loss = method.loss(context, leaves, state, t)
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    watched = [loss.detach()]
-    for (m, rule), g in zip(rules.items(), gradients):
-        S, v = rule.step(at[m], velocity[m], g)
-        watched += [g.sum(), S.sum() + v.sum()]
-        following[f"S/{m}"], following[f"v/{m}"] = S, v
-    S = {m: following[f"S/{m}"] for m in rules}
-    return following | method.after(context, S, besides_S(state), t), torch.stack(watched)
-
-class Course:
-    "Where a run is: the last state whose numbers were looked at, and what came since"
-    def __init__(self, t: int, state: dict, curve: list, names: list, every: int):
-        self.t, self.state, self.curve = t, state, curve
-        self.names = names            # of what is learned
-        self.every = every            # iterations after which numbers are looked at, by one wait for the device
-        self.sound = t, state         # the last that was
-        self.watched = []             # of the iterations since, as `updated` gives it
-
-    def add(self, following: dict, watched: torch.Tensor):
-        "The state after one more iteration"
-        self.t, self.state = self.t + 1, following
-        self.watched.append(watched)
-        if len(self.watched) >= self.every: self.look()
-
-    def look(self):
-        "Read the losses since the last look; Diverged at the first iteration that cannot be used"
-        if not self.watched: return
-        rows, begun = torch.stack(self.watched).tolist(), self.t - len(self.watched)
-        self.watched = []
-        for t, row in enumerate(rows, begun):
-            if trouble := unusable(row, self.names):
-                problem = Diverged(trouble)
-                problem.t = t
-                raise problem
-        self.curve += [loss for loss, *_ in rows]
-        self.sound = self.t, self.state
-
-def unusable(row: list, names: list) -> str:
-    "What is NaN or infinite of an iteration, in words; empty where nothing is"
-    loss, *sums = row
-    if not math.isfinite(loss): return f"the loss became {loss}"
-    parts = [part for m in names for part in (f"gradient of the {m}", m)]
-    bad = [part for part, value in zip(parts, sums, strict=True) if not math.isfinite(value)]
-    return f"the {bad[0]} became NaN or infinite" if bad else ""
-
-def within(S: torch.Tensor, bounds) -> torch.Tensor: return S if bounds is None else S.clamp(*bounds)
-
-def besides_S(state: dict) -> dict:
-    "A method's own state, without S and its velocities"
-    return {k: x for k, x in state.items() if k[:2] not in ("S/", "v/")}

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core.certificates import runs_folder, unsealed
 from ..core.share import project_root, share_path
-from ..evaluate.experiment import runs_folder, unsealed
 from . import published
 
 # %% ../../nbs/papers/cells.ipynb #c8e04b47

@@ -19,18 +19,11 @@ import torch
 from fastcore.basics import patch
 from IPython.display import HTML
 
+from ..core.certificates import environment, runs_folder
 from ..core.provenance import short_hash
 from ..core.share import choose, place
 from ..data.registry import entry
-from ddrepro.evaluate.experiment import (
-    Experiment,
-    distillation_run,
-    environment,
-    experiment_digest,
-    run_each,
-    runs_folder,
-    settled,
-)
+from ..evaluate.experiment import Experiment, distillation_run, experiment_digest, run_each, settled
 from ..evaluate.statistics import Claim, compare
 from ..evaluate.tasks import task_of
 from . import published
