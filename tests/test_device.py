@@ -46,7 +46,7 @@ from ddrepro.project import flagged, flagged_cells
 from helpers import Stop, one_thread, run_script
 
 ROOT = project_root()
-ITERATED = ("dm", "avdd", "dsdm", "mtt", "vldd")
+ITERATED = ("dm", "avdd", "dsdm", "mtt", "vldd", "m3d", "cafe", "cafe_dsa", "idm", "dc", "dsa", "idc", "dd")
 CORESETS = ("random", "herding", "kcenter", "forgetting")
 
 # Against the CPU: the distance of what was learned, as a share of the way it went. Equal bits are not to be had where

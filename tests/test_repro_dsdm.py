@@ -75,7 +75,7 @@ def test_a_table_and_a_figure(tmp_path):
     assert headings(page) == ["Table 1", "Figure 8"] and images(tmp_path / f"runs/notebooks/{name}.ipynb") >= 2
     assert set(rows.place) == {"Table 1", "Figure 8"} and set(rows.ipc) == {0, 2}
     table = rows[rows.place == "Table 1"]
-    methods = {"Random", "Herding", "K-Center", "DM", "DSDM", "Whole data"}
+    methods = {"Random", "Herding", "K-Center", "DD", "DC", "DSA", "CAFE", "CAFE+DSA", "IDM", "M3D", "DM", "DSDM", "Whole data"}
     assert methods | {"DM, equal steps", "DSDM without factor"} == set(table.row)
     assert table[table.row == "DM, equal steps"].steps.min() >= table[table.row == "DSDM"].steps.min()
     figure = rows[rows.place == "Figure 8"]

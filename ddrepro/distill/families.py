@@ -149,6 +149,7 @@ class TappedNet(nn.Module):
     ):
         super().__init__()
         names = ("flat", *(f"block{i}" for i in range(1, len(net.blocks) + 1)))
+        self.widths = []      # of the taps' features, known once something was seen
         self.net, self.taps = net, tuple(choose("tap", tap, names) for tap in taps)
         self.blocks = net.blocks
 
@@ -160,7 +161,7 @@ class TappedNet(nn.Module):
             x = block[-1](x)
         seen["flat"] = x
         parts = [seen[tap].flatten(1) for tap in self.taps]
-        self.widths = [part.shape[1] for part in parts]
+        self.widths[:] = [part.shape[1] for part in parts]
         return torch.cat(parts, 1)
 
     def split(self, features: torch.Tensor) -> dict:

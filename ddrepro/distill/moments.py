@@ -72,6 +72,7 @@ def cast_once(net: torch.nn.Module) -> torch.nn.Module:
     if any(p.requires_grad for p in net.parameters()): return net
     if "in_bfloat16" not in net.__dict__:
         shared = {id(x): x for x in (*net.parameters(), *net.buffers())}
+        shared |= {id(x): x for x in vars(net).values() if isinstance(x, list)}      # what it notes of its features
         for layer in net.modules():
             if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
             for p in layer.parameters(recurse=False): shared[id(p)] = nn.Parameter(p.to(torch.bfloat16), requires_grad=False)
