@@ -37,7 +37,8 @@ def comparison_table(
     here = rows[(rows.ipc == ipc) & (rows.row != "Whole data")]
     lines = []
     for row in here.row.unique():
-        line, own = {"method": row}, here[here.row == row]
+        own = here[here.row == row]
+        line = {"method": row, "seeds": own.seed.nunique()}
         for kind, head in RECIPES.items():
             scored, random = own[own.scored_by == kind], here[(here.scored_by == kind) & (here.row == "Random")]
             if not len(scored): continue
