@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.seeding import keyed_choice
 from ..core.share import choose
-from ..core.values import number_between
+from ..core.values import number_between, whole_number
 from ..data.augment import augment
 from ..data.formation import decode
 from ..data.real import check_strategy
@@ -71,6 +71,7 @@ LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: 
 
 def published_loops(ipc: int) -> tuple[int, int]:
     "(O, I) of the code, for an IPC it does not know those of the nearest smaller one"
+    ipc = whole_number("ipc", ipc, 1)
     return LOOPS[max(known for known in LOOPS if known <= ipc)]
 
 # %% ../../nbs/distill/13_gradient_matching.ipynb #857ecdd9

@@ -84,6 +84,7 @@ def measurements(
     scores=SCORES
 ) -> dict:                  # name of `MEASURED` → Measurement
     "What the scores are made of"
+    scores = (scores,) if isinstance(scores, str) else scores
     for score in scores: choose("score", score, SCORES)
     found = {}
     if "LRS" in scores:
@@ -174,7 +175,7 @@ def robustness_rows(
     seeds=5,                         # evaluation networks, or which evaluation seeds
     store=None,                      # folder of teachers
     whole: pd.DataFrame = None,      # rows of `evaluate(None, real)`, where they were made before
-    **settings                       # part, width, fusion, epochs, device, net of `evaluate`
+    **settings                       # part, width, fusion, device, net of `evaluate`, and epochs of set and control
 ) -> pd.DataFrame:                   # tidy rows with a column `measured`
     "Train what the scores of a set need, each kind of network once"
     if distilled.task != "classification":
@@ -185,14 +186,19 @@ def robustness_rows(
     if teacher is None and soft is not None and soft.source == "teacher": teacher = teacher_of(soft)
     needed = measurements(recipe, real.strategy, hard="hard" if soft else None, control=teacher, scores=scores)
     sets = {"set": distilled, "random": random_control(distilled, real) if control is None else control, "real": None}
+    if control is not None and (control.ipc, control.factor) != (distilled.ipc, distilled.factor):
+        raise ValueError(f"control must hold as many samples as the set, ipc {distilled.ipc} with factor {distilled.factor}; "
+                         f"it has ipc {control.ipc} and factor {control.factor}")
     settings = dict(width=origin.width) | settings | dict(seeds=seeds, store=store)
+    of_all = {what: value for what, value in settings.items() if what != "epochs"}       # all real data train as long as they need
     made, tables = {}, []
     for name, one in needed.items():
         key = str(one)
         if key not in made:
             data = real if one.data != "real" else real.restrict(distilled.tensors)
             given = one.data == "real" and whole is not None
-            made[key] = whole if given else evaluate(sets[one.data], data, one.recipe, targets=one.targets, **settings)
+            options = of_all if one.data == "real" else settings
+            made[key] = whole if given else evaluate(sets[one.data], data, one.recipe, targets=one.targets, **options)
         tables.append(made[key].assign(measured=name))
     rows = pd.concat(tables, ignore_index=True)
     own = rows[rows.measured.str.startswith("set")]

@@ -330,7 +330,7 @@ def differences(self: DSDMPaper, plan: Plan) -> list:
 
 @patch
 def differences_on(self: DSDMPaper, s: DSDMSettings, real, methods=("dm", "dsdm")) -> list:
-    "Sentences on one data set; of the rates only those of `methods`"
+    "Sentences on one data set; of rates and draws only those of `methods`"
     p, sentences = self.profiles["paper"], []
     if self.published(dataset=real.name).empty:
         sentences.append("no number of the paper that we could read refers to this data set, and none is printed beside ours.")
@@ -340,7 +340,9 @@ def differences_on(self: DSDMPaper, s: DSDMSettings, real, methods=("dm", "dsdm"
         numbers.append(f"{s.seeds} × {s.eval_seeds} seeds, distillation × evaluation (paper {p['seeds']} × {p['eval_seeds']})")
     if s.cross_steps: numbers.append(f"other architectures trained for about {s.cross_steps} steps, one network for each set")
     if numbers: sentences.append(f"{', '.join(numbers)}.")
-    if s.draws: sentences.append(draws_sentence(s.draws, s.iterations))
+    drawn = sorted(name for name in methods if "draws" in registered()[name].__dataclass_fields__)
+    if s.draws and drawn: sentences.append(f"{draws_sentence(s.draws, s.iterations)} So {' and '.join(drawn)}; other rows know no draws.")
+    elif s.draws: sentences.append("draws are asked for, and no method of these rows knows them: all of them draw anew.")
     for (dataset, name), by_ipc in self.tuned.items():
         if dataset != s.dataset or name not in methods: continue
         rates = ", ".join(f"{tuned['lr']:g} from IPC {ipc}" for ipc, tuned in by_ipc.items())
