@@ -152,6 +152,20 @@ def test_whole_rows_made_before(real, two_each, monkeypatch):
     assert robust_scores(rows)["real hard"][0] == 90
 
 
+def test_a_control_of_another_size_is_refused(real, two_each):
+    one_each = replace(two_each, tensors={m: x[:, :1] for m, x in two_each.tensors.items()})
+    with pytest.raises(ValueError, match="control must hold as many samples as the set, ipc 2 with factor 1; it has ipc 1"):
+        robustness_rows(two_each, real, recipe=PLAIN, seeds=1, control=one_each)
+
+
+def test_all_real_data_train_as_long_as_they_need(real, two_each, monkeypatch):
+    made = counted(monkeypatch)
+    monkeypatch.setattr(chapter, "evaluate", lambda *args, **more: made.append((args[0], args, more)) or pd.DataFrame(
+        [dict(modality="image", seed=0, eval_seed=0, accuracy=50., best=np.nan, steps=1, samples=1)]))
+    robustness_rows(two_each, real, recipe=PLAIN, seeds=1, scores="LRS", epochs=1)
+    assert {s is None: more.get("epochs") for s, _, more in made} == {True: None, False: 1}
+
+
 def test_random_control_is_as_large_as_the_set(real, two_each):
     for factor, order in ((1, "columns"), (2, "columns"), (2, "rows")):
         s = replace(two_each, factor=factor, order=order)

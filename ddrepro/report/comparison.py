@@ -43,7 +43,9 @@ def comparison_table(
             scored, random = own[own.scored_by == kind], here[(here.scored_by == kind) & (here.row == "Random")]
             if not len(scored): continue
             line[head] = with_interval(seed_means(scored))
-            if row != "Random" and len(random): line[f"{head}, less random"] = with_interval((seed_means(scored) - seed_means(random)).dropna())
+            if not len(random): continue
+            ahead = (seed_means(scored) - seed_means(random)).dropna()
+            line[f"{head}, less random"] = with_interval(ahead) if row != "Random" else ""
         made = own.drop_duplicates("run")
         line |= {"seconds": round(made.seconds.mean(), 1), "MiB at most": made.peak_mib.max()}
         if scores is not None:
