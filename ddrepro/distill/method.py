@@ -231,8 +231,7 @@ def check(self: Method, real):
     if real.task not in self.tasks:
         raise ValueError(f"{self.name} is for {' and '.join(self.tasks)}; {real.name} is for {real.task}. "
                          f"`list_methods({real.task!r})` names those that are")
-    taken = 0 if getattr(self, "start_from", "") == "noise" else self.ipc        # of the real samples
-    real.check_start(taken, self.factor, self.order_on(real))
+    real.check_start(self.ipc, self.factor, self.order_on(real))
 
 # %% ../../nbs/distill/02_method.ipynb #a22517a2
 @patch
