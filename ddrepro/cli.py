@@ -257,6 +257,7 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, help="write the rows to a file")
     return top
 
+# %% ../nbs/cli.ipynb #618ff0a2
 def unknown_command(word: str, words: list) -> str:
     "What helps where the first word is no command"
     if word.lower() in papers(): return f"{word!r} is a paper, not a command: ddrepro run {shlex.join([word.lower(), *words[1:]])}"

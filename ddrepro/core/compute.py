@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'EXACT', 'LONG_RUN', 'ALIGNED', 'Compute', 'device_name', 'has_compiler', 'has_bfloat16',
            'resolve_device', 'check_compiler', 'resolve_compute', 'resolve_again', 'is_there', 'packed', 'in_one_copy',
-           'net_on']
+           'net_on', 'constant']
 
 # %% ../../nbs/core/15_compute.ipynb #f05a74dc
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -171,3 +172,8 @@ def net_on(net: torch.nn.Module, device) -> torch.nn.Module:
     here = [x for x in (*net.parameters(), *net.buffers()) if x.device.type == "cpu"]
     there = dict(zip(map(id, here), in_one_copy(here, device)))
     return net._apply(lambda x: there[id(x)] if id(x) in there else x.to(device))
+
+@lru_cache(64)
+def constant(values: tuple, device: torch.device, dtype: torch.dtype = None) -> torch.Tensor:
+    "Numbers on a device, copied there once; nobody writes to them"
+    return torch.tensor(values, dtype=dtype, device=device)

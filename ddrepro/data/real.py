@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..core.compute import constant
 from ..core.seeding import keyed_choice
 from ..core.share import choose, need
 from ..core.values import number_between, plain, whole_number
@@ -48,7 +49,7 @@ class Normalisation:
         return x * self._channels(self.std, x) + self._channels(self.mean, x)
 
     @staticmethod
-    def _channels(values, x): return _constants(values, x.dtype, x.device).view(-1, *[1] * (x.dim() - 2))
+    def _channels(values, x): return constant(values, x.device, x.dtype).view(-1, *[1] * (x.dim() - 2))
 
     def facts(self) -> dict:
         "The constants as plain data"
@@ -70,11 +71,6 @@ def constants_of(name: str, values) -> tuple:
         raise ValueError(f"{name} of a Normalisation must be finite numbers, one a channel, such as (0.5,); got "
                          f"{values.tolist()}")
     return tuple(values.tolist())
-
-@lru_cache(64)
-def _constants(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    "Constants on a device, copied there once; nobody writes to them"
-    return torch.tensor(values, dtype=dtype, device=device)
 
 # %% ../../nbs/data/02_real.ipynb #cell-009
 @dataclass(frozen=True, eq=False)

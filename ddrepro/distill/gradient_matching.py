@@ -22,7 +22,7 @@ from ..data.augment import augment
 from ..data.formation import decode
 from ..data.real import check_strategy
 from .coresets import STARTS, initial
-from .families import check_steps
+from .families import check_nets, check_steps
 from ddrepro.distill.gradients import (
     METRICS,
     Matched,
@@ -35,7 +35,7 @@ from ddrepro.distill.gradients import (
 )
 from .method import STEP_RULES, Context, Diverged, Method, from_state, in_state
 from .moments import Sampler, real_batches
-from ..nets.networks import FusionNet, feature_width, spec_for
+from ..nets.networks import FusionNet
 from ..nets.training import Recipe, new_net, train
 
 # %% ../../nbs/distill/13_gradient_matching.ipynb #cf0497e7
@@ -105,11 +105,6 @@ def loops(self: GradientMatching) -> tuple:
     outer, inner = published_loops(self.ipc)
     return outer if self.outer is None else self.outer, inner if self.inner is None else self.inner
 
-@patch
-def specs_on(self: GradientMatching, real) -> dict:
-    "Modality → NetSpec"
-    return {m: spec_for(shape, self.width, self.net) for m, shape in real.shapes.items()}
-
 # %% ../../nbs/distill/13_gradient_matching.ipynb #876a0bd1
 @patch
 def check(self: GradientMatching, real):
@@ -125,7 +120,7 @@ def check(self: GradientMatching, real):
         raise ValueError(f"metric {self.metric!r} compares the weights of convolutions, and net {self.net!r} has none")
     for name, value in zip(("outer", "inner"), self.loops):
         if value < 1: raise ValueError(f"{name} must be at least 1, got {value}; None is the code's for the IPC")
-    for m, spec in self.specs_on(real).items(): feature_width(spec, real.shapes[m])
+    check_nets(self, real)
 
 @patch
 def rate(self: GradientMatching, real, modality: str) -> float: return self.lr

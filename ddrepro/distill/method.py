@@ -9,12 +9,12 @@ __all__ = ['STEP_RULES', 'coast', 'StepRule', 'AdamRule', 'Diverged', 'Method', 
 # %% ../../nbs/distill/02_method.ipynb #cell-003
 import dataclasses
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 
 import torch
 from fastcore.basics import patch
 
 from ..core.arithmetic import varying_operations
+from ..core.compute import constant
 from ..core.share import choose
 from ..core.values import as_kind
 from ..nets.networks import spec_for
@@ -53,7 +53,7 @@ class StepRule:
     def approach(self, S, v):
         "S and v where the gradients of this iteration are taken"
         if self.name != "per_class_shared": return S, v
-        return coast(S, v, _numbers(self.classes, S.device), self.lr, self.momentum)
+        return coast(S, v, constant(self.classes, S.device), self.lr, self.momentum)
 
     def step(self, S, v, g):
         "S and v after the gradient `g`, coasted to the end of the iteration"
@@ -61,12 +61,7 @@ class StepRule:
         S = S - self.lr * v
         if self.name != "per_class_shared": return S, v
         left = tuple(self.total - 1 - c for c in self.classes)
-        return coast(S, v, _numbers(left, S.device), self.lr, self.momentum)
-
-@lru_cache(16)
-def _numbers(values: tuple, device: torch.device) -> torch.Tensor:
-    "Integers on a device, copied there once; nobody writes to them"
-    return torch.tensor(values, device=device)
+        return coast(S, v, constant(left, S.device), self.lr, self.momentum)
 
 # %% ../../nbs/distill/02_method.ipynb #582ec1bb
 @dataclass(frozen=True)
@@ -74,7 +69,6 @@ class AdamRule:
     "Moves all classes of one tensor by one iteration of Adam"
     lr: float
     betas: tuple = (0.5, 0.999)
-    halve_every: int = 0     # iterations after which the rate is halved, again and again; 0: never
     eps: float = 1e-8
     t: int = 0               # iterations that lie behind
 
@@ -86,11 +80,6 @@ class AdamRule:
         "Running means of gradients and of their squares, (2, …)"
         return S.new_zeros(2, *S.shape)
 
-    @property
-    def rate(self) -> float:
-        "The rate of this iteration"
-        return self.lr * 0.5 ** (self.t // self.halve_every) if self.halve_every else self.lr
-
     def approach(self, S, v):
         "S and v where the gradients of this iteration are taken"
         return S, v
@@ -99,7 +88,7 @@ class AdamRule:
         "S and v after the gradient `g`"
         means = [b * x + (1 - b) * y for b, x, y in zip(self.betas, v, (g, g.square()))]
         first, second = (x / (1 - b ** (self.t + 1)) for b, x in zip(self.betas, means))
-        return S - self.rate * first / (second.sqrt() + self.eps), torch.stack(means)
+        return S - self.lr * first / (second.sqrt() + self.eps), torch.stack(means)
 
 # %% ../../nbs/distill/02_method.ipynb #cell-017
 class Diverged(RuntimeError):
@@ -219,6 +208,11 @@ def recipe_on(self: Method, real):
 def rate(self: Method, real, modality: str) -> float:
     "Learning rate of a modality's samples; 0 where nothing is learned"
     return 0.
+
+@patch
+def specs_on(self: Method, real) -> dict:
+    "Modality → NetSpec of the networks that samples pass; a method with a field `net` has other kinds"
+    return {m: spec_for(shape, self.width, getattr(self, "net", "convnet")) for m, shape in real.shapes.items()}
 
 @patch
 def pace(self: Method, t: int) -> float:

@@ -208,6 +208,7 @@ def real_batches(
     if len(set(sizes)) > 1: return [augment(own, sampler.omega(t, c)) for own, c in zip(x.split(sizes), classes)]
     return augment_classes(x.unflatten(0, (len(classes), -1)), class_omegas(sampler, t, classes, compute.device))
 
+# %% ../../nbs/distill/05_moments.ipynb #ad7bb261
 @torch.no_grad()
 def each_group(real, net, sampler: Sampler, modality: str, t: int, classes: tuple, compute: Compute):
     "Features of the augmented real batches of some classes after another, as `class_features` gives them"
@@ -227,6 +228,7 @@ def real_means(real, net, sampler: Sampler, modality: str, t: int, classes: tupl
     "Mean features (C, d) of the augmented real batches of iteration `t`"
     return torch.cat([mean_by_class(x) for x in each_group(real, net, sampler, modality, t, classes, compute)])
 
+# %% ../../nbs/distill/05_moments.ipynb #bb5b98cf
 def joined(groups: list):
     "(C, n, d) where all classes have as many samples, else a list of (n_c, d)"
     if len(groups) == 1: return groups[0]

@@ -201,6 +201,7 @@ def make_run(
     seconds = earlier + cost.pop("seconds")
     return write_run(e, real, folder, spec, distilled, started.isoformat(timespec="seconds"), seconds, **cost)
 
+# %% ../../nbs/evaluate/06_experiment.ipynb #01582e03
 def write_run(
     e: Experiment, real, folder: Path,
     spec: dict,                       # of the distillation
@@ -232,6 +233,7 @@ def device_of(compute: dict) -> str:
     given = compute or {}
     return given["compute"].device if given.get("compute") else resolve_device(given.get("device", "auto"))
 
+# %% ../../nbs/evaluate/06_experiment.ipynb #7f5e1d2c
 def finished_run(folder: Path, e: Experiment, real, compute: dict, snapshots, *, told: bool = False) -> Run | None:
     "The run of a folder where it is finished, intact and as asked for; None, and why is said, where it must be made again"
     if not (folder / "certificate.txt").exists(): return None

@@ -20,12 +20,12 @@ from ..core.share import choose
 from ..data.formation import decode, per_canvas
 from ..distill.coresets import STARTS, initial
 from ..distill.distilled import SOFT, UnusableRate, guard_rates
+from ..distill.families import check_nets
 from ..distill.method import AdamRule, Context, Diverged, Method
 from ..distill.soft_labels import SoftLabels
 from ..distill.unroll import unroll
 from . import register
 from ..nets.learned_steps import xavier_net
-from ..nets.networks import NETS, spec_for
 from ..nets.training import get_recipe, training_loss
 from ..nets.vectors import Layout, flatten, layout_of, run_flat
 
@@ -72,14 +72,14 @@ class DD(Method):
         "T"
         return self.batches * self.epochs
 
-PUBLISHED_DD = {   # data set → alpha, and iterations: 400 passes in batches of 1024 (D-DD-1)
-    "mnist": (0.02, 23_600), "fashion_mnist": (0.02, 23_600),
-    "cifar10": (0.001, 19_600), "cifar100": (0.001, 19_600), "svhn": (0.02, 28_800),
+PUBLISHED_DD = {   # data set → alpha, iterations, 400 passes in batches of 1024 (D-DD-1), and network
+    "mnist": (0.02, 23_600, "lenet"), "fashion_mnist": (0.02, 23_600, "lenet"),
+    "cifar10": (0.001, 19_600, "alexcifar"), "cifar100": (0.001, 19_600, "alexcifar"), "svhn": (0.02, 28_800, "alexcifar"),
 }
 
 @patch(cls_method=True)
 def defaults(cls: DD, dataset: str, ipc: int, factor: int) -> dict:
-    return dict(zip(("alpha", "iterations"), PUBLISHED_DD.get(dataset, ())))
+    return dict(zip(("alpha", "iterations", "net"), PUBLISHED_DD.get(dataset, ())))
 
 @patch
 def spec(self: DD) -> dict:
@@ -102,12 +102,12 @@ def check(self: DD, real):
     choose("initialisation", self.initialisation, ("random", "fixed"))
     choose("labels", self.labels, ("fixed", "learned"))
     choose("start_from", self.start_from, STARTS)
-    choose("net", self.net, NETS)
+    check_nets(self, real)
     if self.initialisation == "fixed" and self.nets > 1:
         raise ValueError("nets must be 1 with initialisation 'fixed', where all networks are the same; got "
                          f"{self.nets}")
-    for m, shape in real.shapes.items():
-        if spec_for(shape, self.width, self.net).norm == "batch":
+    for spec in self.specs_on(real).values():
+        if spec.norm == "batch":
             raise ValueError(f"dd needs networks without running statistics, and {self.net} normalises by batches; "
                              "choose another net, such as 'convnet'")
 
@@ -131,8 +131,12 @@ def start(self: DD, context: Context) -> tuple:
 def rate(self: DD, real, modality: str) -> float: return self.lr
 
 @patch
+def pace(self: DD, t: int) -> float:
+    return 0.5 ** (t // max(1, self.iterations // self.halvings)) if self.halvings else 1.
+
+@patch
 def rules(self: DD, context: Context) -> dict:
-    rule = AdamRule(self.lr, halve_every=max(1, self.iterations // self.halvings) if self.halvings else 0)
+    rule = AdamRule(self.lr)
     names = [name for m in context.real.modalities for name in (m, f"steps/{m}")]
     if self.learns_labels: names.append(SOFT)
     return dict.fromkeys(names, rule)
@@ -155,7 +159,7 @@ def prepare(self: DD, context: Context):
 @patch
 def first(self: DD, context: Context, modality: str, shape: tuple, *indices) -> nn.Module:
     "The network that iteration and number `indices` begin with; the fixed one whatever they are"
-    spec, key = spec_for(shape, self.width, self.net), ("fixed",) if self.initialisation == "fixed" else indices
+    spec, key = self.specs_on(context.real)[modality], ("fixed",) if self.initialisation == "fixed" else indices
     return xavier_net(spec, shape, modality, context.total, self.gain, context.seed, *key)
 
 @patch

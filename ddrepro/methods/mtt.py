@@ -18,12 +18,11 @@ from ..core.share import choose
 from ..data.augment import apply_dsa, draw_dsa
 from ..data.formation import decode
 from ..distill.coresets import STARTS, initial
-from ..distill.families import TrajectoryMatching
+from ..distill.families import TrajectoryMatching, check_nets
 from ..distill.method import Context
 from . import register
 from .dm import is_audio_visual
 from ..nets.experts import EXPERT, Experts
-from ..nets.networks import feature_width, spec_for
 from ..nets.training import training_loss
 from ..nets.vectors import run_flat
 
@@ -110,9 +109,8 @@ def check(self: MTT, real):
     if not self.lr > 0: raise ValueError(f"lr must be positive, got {self.lr}")
     if self.alpha_audio is not None and not self.alpha_audio > 0:
         raise ValueError(f"alpha_audio must be positive, got {self.alpha_audio}")
-    for m, shape in real.shapes.items():
-        spec = spec_for(shape, self.width, self.net)
-        feature_width(spec, shape)
+    check_nets(self, real)
+    for spec in self.specs_on(real).values():
         if spec.norm == "batch":
             raise ValueError(f"mtt matches parameters alone and cannot follow the running statistics of net {self.net!r}; "
                              "choose another norm, such as 'convnet:norm=instance'")
@@ -122,8 +120,7 @@ def check(self: MTT, real):
 def buffer(self: MTT, real, modality: str, store, device="cpu") -> Experts:
     "The experts of one modality"
     recipe = replace(EXPERT, rate=self.expert_rate, batch=self.expert_batch)
-    specs = {modality: spec_for(real.shapes[modality], self.width, self.net)}
-    return Experts(real, specs, store, self.experts, self.expert_epochs, self.expert_seed, recipe, device=device)
+    return Experts(real, {modality: self.specs_on(real)[modality]}, store, self.experts, self.expert_epochs, self.expert_seed, recipe, device=device)
 
 @patch
 def prepare(self: MTT, context: Context):

@@ -39,7 +39,7 @@ def _combined(
     "constant + Σ factor · image, one pass a term"
     image, factor = terms[0]
     total = torch.addcmul(constant[..., None], image, factor[..., None])
-    for image, factor in terms[1:]: total.addcmul_(image, factor[..., None])
+    for image, factor in terms[1:]: total = torch.addcmul(total, image, factor[..., None])    # vmap has no rule for addcmul_
     return total
 
 class _NormaliseBack(torch.autograd.Function):
