@@ -33,7 +33,7 @@ def papers() -> dict:
     for notebook in sorted(share_path("nbs").glob("repro_*.ipynb")):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-        title = re.search(r"^# (.*?)(?:, reproduced)?$", text, re.M)
+        title = re.search(r"^# (.*?)(?:, implemented and checked)?$", text, re.M)
         about[notebook.stem.removeprefix("repro_")] = title[1] if title else ""
     return about
 

@@ -227,7 +227,8 @@ def check(self: FeatureMatching, real):
     self.at_least(batch=0, width=1, draws=0)
     check_nets(self, real)
     if self.taps != ("flat",) and (kind := net_in_words(self.net)[0]) != "convnet":
-        raise ValueError(f"{self.name} looks at blocks of a convnet, {kind} has none of these; choose net='convnet', or with options")
+        raise ValueError(f"{self.name} looks at blocks of a convnet, {kind} has none of these; choose net='convnet', "
+                         "or with options")
     for m in real.modalities: check_steps(self.rate(real, m), self.momentum)
 
 @patch

@@ -12,7 +12,7 @@ __all__ = ['GRAPH_LIMIT', 'DRAWN_BY', 'even_chunks', 'class_groups', 'forward', 
 import copy
 import sys
 from dataclasses import KW_ONLY, asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def class_groups(
     sizes: list,   # samples of each class
     most: int      # samples in one piece
 ) -> list:         # of slices
-    "Classes one after another in as few groups of at most so many samples as can be; a larger class is a group of its own"
+    "Successive classes in as few groups of at most so many samples as can be; a larger class is a group of its own"
     if len(set(sizes)) == 1: counts = even_chunks(len(sizes), max(most // sizes[0], 1))
     else:
         counts, held = [], most
@@ -68,14 +68,15 @@ def forward(
     with torch.autocast(x.device.type, torch.bfloat16): return run(net, x).float()
 
 def cast_once(net: torch.nn.Module) -> torch.nn.Module:
-    "A frozen network whose convolutions are in bfloat16, as autocast would cast them for every chunk; kept with the network"
+    "A frozen network with convolutions in bfloat16, as autocast casts them for every chunk; kept with the network"
     if any(p.requires_grad for p in net.parameters()): return net
     if "in_bfloat16" not in net.__dict__:
         shared = {id(x): x for x in (*net.parameters(), *net.buffers())}
         shared |= {id(x): x for x in vars(net).values() if isinstance(x, list)}      # what it notes of its features
         for layer in net.modules():
             if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
-            for p in layer.parameters(recurse=False): shared[id(p)] = nn.Parameter(p.to(torch.bfloat16), requires_grad=False)
+            for p in layer.parameters(recurse=False):
+                shared[id(p)] = nn.Parameter(p.to(torch.bfloat16), requires_grad=False)
         net.__dict__["in_bfloat16"] = copy.deepcopy(net, shared)
     return net.__dict__["in_bfloat16"]
 
@@ -87,9 +88,9 @@ def features(
 ) -> torch.Tensor:           # (n, d)
     "Features of samples, chunk by chunk"
     if compute.precision == "bfloat16": net = cast_once(net)
-    found = []
-    for piece in x.split(even_chunks(len(x), largest_chunk(net, x.shape, compute))):
-        found.append(checkpoint(forward, net, piece, compute, use_reentrant=False) if rebuild else forward(net, piece, compute))
+    through = partial(checkpoint, forward, use_reentrant=False) if rebuild else forward
+    chunks = x.split(even_chunks(len(x), largest_chunk(net, x.shape, compute)))
+    found = [through(net, chunk, compute) for chunk in chunks]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 GRAPH_LIMIT = 4 * 2**30   # bytes of activations kept for the backward pass; beyond it they are computed twice instead
@@ -105,7 +106,7 @@ def mixes_samples(net: nn.Module) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in net.modules())
 
 def largest_chunk(net, shape: tuple, compute: Compute) -> int:
-    "Samples in one forward pass: the run's choice, on a GPU as many of them as `GRAPH_LIMIT` holds; all where they see one another"
+    "Samples in one pass: the run's choice, on a GPU as many of them as `GRAPH_LIMIT` holds; all where they see one another"
     if mixes_samples(net): return sys.maxsize
     if compute.kind == "cpu" or not hasattr(net, "blocks"): return compute.chunk
     return max(1, min(compute.chunk, GRAPH_LIMIT // graph_bytes(net, 1, shape)))

@@ -187,10 +187,10 @@ def robustness_rows(
     needed = measurements(recipe, real.strategy, hard="hard" if soft else None, control=teacher, scores=scores)
     sets = {"set": distilled, "random": random_control(distilled, real) if control is None else control, "real": None}
     if control is not None and (control.ipc, control.factor) != (distilled.ipc, distilled.factor):
-        raise ValueError(f"control must hold as many samples as the set, ipc {distilled.ipc} with factor {distilled.factor}; "
-                         f"it has ipc {control.ipc} and factor {control.factor}")
+        raise ValueError(f"control must hold as many samples as the set, ipc {distilled.ipc} with factor "
+                         f"{distilled.factor}; it has ipc {control.ipc} and factor {control.factor}")
     settings = dict(width=origin.width) | settings | dict(seeds=seeds, store=store)
-    of_all = {what: value for what, value in settings.items() if what != "epochs"}       # all real data train as long as they need
+    of_all = {what: value for what, value in settings.items() if what != "epochs"}     # they train as long as they need
     made, tables = {}, []
     for name, one in needed.items():
         key = str(one)

@@ -56,7 +56,8 @@ def pace(self: CAFE, t: int) -> float: return 0.5 ** sum(t >= share * self.itera
 def check(self: CAFE, real):
     LearnersMatching.check(self, real)
     if (kind := self.spec_on(real).kind) != "convnet":
-        raise ValueError(f"{self.name} looks at blocks of a convnet, {kind} has none of these; choose net='convnet', or with options")
+        raise ValueError(f"{self.name} looks at blocks of a convnet, {kind} has none of these; choose net='convnet', "
+                         "or with options")
     if self.step_rule != "sum":
         raise ValueError(f"step_rule must be 'sum' for {self.name}, got {self.step_rule!r}: "
                          "every class's gradient depends on the synthetic samples of all")

@@ -120,7 +120,8 @@ def check(self: MTT, real):
 def buffer(self: MTT, real, modality: str, store, device="cpu") -> Experts:
     "The experts of one modality"
     recipe = replace(EXPERT, rate=self.expert_rate, batch=self.expert_batch)
-    return Experts(real, {modality: self.specs_on(real)[modality]}, store, self.experts, self.expert_epochs, self.expert_seed, recipe, device=device)
+    specs = {modality: self.specs_on(real)[modality]}
+    return Experts(real, specs, store, self.experts, self.expert_epochs, self.expert_seed, recipe, device=device)
 
 @patch
 def prepare(self: MTT, context: Context):

@@ -350,5 +350,5 @@ def report_index(
     reports = [about | {"file": page.name} for page, about in pages.items() if "title" in about]
     reports.sort(key=lambda about: about.get("date", ""), reverse=True)
     return write_page(folder / "index.html", template="index.html.j2", lang="en", title="Reports", about={},
-                      lead="Papers on dataset distillation, reproduced and checked.", reports=reports,
+                      lead="Papers on dataset distillation, implemented and checked.", reports=reports,
                       footer=f"Made by ddrepro {__version__}.")

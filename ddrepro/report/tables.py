@@ -312,14 +312,14 @@ def difference_table(
 
 # %% ../../nbs/report/03_tables.ipynb #53ed9c81
 def cost_table(
-    rows: pd.DataFrame   # as `papers.cells.with_costs`: row, dataset, ipc, run, seconds, peak_mib, gpu_peak_mib, processor
-) -> pd.DataFrame:       # a line a row, data set and IPC that distils
+    rows: pd.DataFrame   # as `papers.cells.with_costs`: row, dataset, ipc, run, seconds, peak_mib, gpu_peak_mib
+):                       # a styled table, a line a row, data set and IPC that distils; None where none does
     "Mean seconds of a distillation and the most memory of its process, real side and pools included where this run made them"
-    made = rows[rows["at"].ne(0)].drop_duplicates("run")
     lines = []
+    made = rows[rows["at"].ne(0)].drop_duplicates("run")
     for (dataset, row, ipc), own in made.groupby(["dataset", "row", "ipc"], sort=False):
-        line = {"data set": dataset, "": row, "IPC": ipc, "distillations": len(own), "seconds each": round(own.seconds.mean(), 1)}
-        for column, head in (("peak_mib", "process, MiB at most"), ("gpu_peak_mib", "GPU, MiB at most")):
-            if own[column].notna().any(): line[head] = int(own[column].max())
-        lines.append(line | {"on": own.processor.iloc[0]})
-    return pd.DataFrame(lines).fillna("not known")
+        line = {"data set": dataset, "row": row, "IPC": ipc, "distillations": len(own), "seconds each": f"{own.seconds.mean():.1f}"}
+        for column, head in (("peak_mib", "MiB of the process at most"), ("gpu_peak_mib", "MiB on the GPU at most")):
+            if made[column].notna().any(): line[head] = f"{own[column].max():,.0f}" if own[column].notna().any() else "not known"
+        lines.append(line)
+    return pd.DataFrame(lines).style.hide(axis="index") if lines else None
