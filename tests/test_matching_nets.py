@@ -75,6 +75,12 @@ def test_the_baselines_take_other_networks_too(real, name, settings):
     made = distill(get_method(name, ipc=2, iterations=1, net=net, **dict(width=4) | settings), real, compute=EXACT, progress=False)
     assert torch.isfinite(made.tensors["image"]).all() and made.card["method"]["net"] == net
 
+@pytest.mark.parametrize("name, settings", [("dm", {}), ("dsdm", dict(source="random")), ("m3d", {}), ("m3d", dict(net_updates=3))])
+def test_they_are_matched_under_it(real, name, settings):
+    context = Context(real, 0, tuple(range(len(real.classes))), EXACT, None)
+    method(name, "mlp", **settings).prepare(context)
+    assert {type(context.source.at(0, m)).__name__ for m in real.modalities} == {"MLP"}
+
 def test_cafe_looks_at_blocks(real):
     with pytest.raises(ValueError, match="cafe looks at blocks of a convnet, mlp has none"): method("cafe", "mlp").check(real)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
+from ..core.seeding import isolated_rng
 from ..core.share import choose
 from ..distill.families import FeatureMatching, only_sounds
 from ..distill.losses import KERNELS, mmd_loss
@@ -68,9 +69,9 @@ class HeldNets(RandomNets):
     "Random networks, each for several iterations"
     updates: int = 1   # of S that share one
 
-    def at(self, t: int, modality: str, device="cpu") -> torch.nn.Module:
-        "The frozen network of iteration `t` for one modality"
-        return RandomNets.at(self, t // self.updates, modality, device)
+    def built(self, t: int, modality: str, rng=isolated_rng) -> torch.nn.Module:
+        "The frozen network of iteration `t` for one modality, on the CPU"
+        return RandomNets.built(self, t // self.updates, modality, rng)
 
     def key(self, modality: str) -> dict:
         "Everything the networks of a modality depend on, as plain data"
@@ -78,6 +79,6 @@ class HeldNets(RandomNets):
 
 @patch
 def networks(self: M3D, context: Context):
-    nets = random_nets(context.real.shapes, self.width, context.draws.made_by)
+    nets = random_nets(context.real.shapes, self.width, context.draws.made_by, self.net)
     if self.net_updates == 1: return nets
-    return HeldNets(nets.specs, nets.shapes, nets.seed, self.net_updates)
+    return HeldNets(nets.specs, nets.shapes, nets.seed, updates=self.net_updates)

@@ -207,10 +207,11 @@ def spec_for(
 def make_net(
     spec: NetSpec,
     shape: tuple,                   # (channels, height, width) of one sample
-    seed: int, stream: str, *indices  # key of the initial parameters
+    seed: int, stream: str, *indices,  # key of the initial parameters
+    rng=isolated_rng                # or `local_rng`, within a thread: the same parameters
 ) -> nn.Module:
     "A network whose initial parameters belong to a key"
-    with isolated_rng(seed, stream, *indices): return build(spec, shape)
+    with rng(seed, stream, *indices): return build(spec, shape)
 
 # %% ../../nbs/nets/02_networks.ipynb #cell-041
 class Ensemble(nn.Module):
