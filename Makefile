@@ -50,9 +50,11 @@ chapters: $(READY)  ## execute the chapters and save what they show (some: make 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(RUN)/python -m ddrepro.project readme
 
-wheel: $(READY)  ## dist/*.whl, with notebooks, data and report template inside
+wheel: $(READY)  ## dist/*.whl and the source archive, with notebooks, data and report template inside, checked
 	rm -rf build dist
-	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(RUN)/python -m build --outdir dist . > dist.log || { cat dist.log; exit 1; }
+	@rm -f dist.log
+	$(RUN)/python -m twine check --strict dist/*
 	@ls -sh dist
 
 clean:  ## remove what builds leave behind; .venv, runs and reports stay

@@ -4,6 +4,7 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("ddrepro needs Python 3.11 or newer; this is Python %d.%d (%s)." % (*sys.version_info[:2], sys.executable))
 
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -39,14 +40,21 @@ def requirements(name):
     return cfg[name].split()
 
 
+def absolute(text):
+    "A README whose relative links lead to the repository, for pages that show it elsewhere"
+    files, raw = f"{cfg['git_url']}/blob/{cfg['branch']}/", f"{cfg['git_url']}/raw/{cfg['branch']}/"
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{raw}", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{files}", text)
+
+
 readme = HERE / "README.md"
-notebooks, whitening = requirements("notebooks_requirements"), requirements("whitening_requirements")
+tested, notebooks, whitening = (requirements(f"{name}_requirements") for name in ("tested", "notebooks", "whitening"))
 grid = requirements("grid_requirements")
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description=absolute(readme.read_text(encoding="utf-8")) if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -63,8 +71,8 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"notebooks": notebooks, "encoders": requirements("encoders_requirements"), "whitening": whitening, "grid": grid,
-                    "dev": requirements("dev_requirements") + notebooks + whitening + grid},
+    extras_require={"tested": tested, "notebooks": notebooks, "encoders": requirements("encoders_requirements"), "whitening": whitening, "grid": grid,
+                    "dev": requirements("dev_requirements") + tested + notebooks + whitening + grid},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [cfg["lib_name"] + "=" + cfg["lib_name"] + "._modidx:d"],

@@ -170,13 +170,16 @@ def doctor() -> list:   # of (what, how it is), texts
     "Versions, device, threads, precision, compiler, data, store"
     import torch
 
-    from ddrepro.core.certificates import environment, runs_folder, store_folder
+    from ddrepro.core.certificates import environment, runs_folder, store_folder, torch_mismatch
+    known = environment()
+    if problem := torch_mismatch(known["torch"], known["torchvision"], known["torchaudio"]):
+        return [(k, str(v)) for k, v in known.items()] + [("problem", problem)]
     from ddrepro.core.compilers import compiler_lacks
     from ddrepro.core.compute import has_bfloat16, resolve_compute
     from ddrepro.data.registry import data_root, list_data
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = sum(f.stat().st_size for f in store_folder().rglob("*") if f.is_file()) if store_folder().exists() else 0
-    lines = [*environment().items(), ("device", device), ("threads", torch.get_num_threads()),
+    lines = [*known.items(), ("device", device), ("threads", torch.get_num_threads()),
              ("bfloat16", "native" if has_bfloat16(device) else "not native"),
              ("compiler", f"torch.compile is not used: {why}" if (why := compiler_lacks(device)) else "there"),
              ("a long run computes with", resolve_compute()),

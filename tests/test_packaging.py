@@ -1,5 +1,6 @@
 """The wheel must carry what a checkout has beside the package, and find it from any folder."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from ddrepro.core.share import project_root
 
@@ -53,6 +55,25 @@ def test_entry_point(wheel):
     archive = zipfile.ZipFile(wheel)
     entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert "ddrepro = ddrepro.cli:main" in archive.read(entry).decode()
+
+
+def test_description_leads_to_the_repository(wheel):
+    "Wherever the README is shown as the description of the package, its links and pictures are absolute"
+    archive = zipfile.ZipFile(wheel)
+    text = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 5
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
+def test_requirements_hold_the_tested_set(wheel):
+    archive = zipfile.ZipFile(wheel)
+    lines = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode().splitlines()
+    wanted = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist")]
+    tested = {r.name: next(iter(r.specifier)).version for r in wanted if "tested" in str(r.marker)}
+    assert set(tested) == {"torch", "torchvision", "torchaudio"}
+    for r in wanted:
+        if r.name in tested and "dev" not in str(r.marker): assert tested[r.name] in r.specifier, r
 
 
 def test_wheel_runs_the_main_job_from_any_folder(wheel, tmp_path):
