@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3; do $$p -c '$(ENOUGH)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help setup demo lint quick test gpu chapters readme wheel clean
+.PHONY: help setup demo lint quick test gpu chapters readme docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -49,6 +49,9 @@ chapters: $(READY)  ## execute the chapters and save what they show (some: make 
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(RUN)/python -m ddrepro.project readme
+
+docs: $(READY)  ## the documentation site in _docs/index.html: three minutes at most, no network once set up
+	OMP_NUM_THREADS=1 $(RUN)/python -m ddrepro.project docs
 
 wheel: $(READY)  ## dist/*.whl and the source archive, with notebooks, data and report template inside, checked
 	rm -rf build dist

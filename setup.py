@@ -48,8 +48,10 @@ def absolute(text):
 
 
 readme = HERE / "README.md"
-tested, notebooks, whitening = (requirements(f"{name}_requirements") for name in ("tested", "notebooks", "whitening"))
-grid = requirements("grid_requirements")
+extras = {name.removesuffix("_requirements"): requirements(name) for name in cfg
+          if name.endswith("_requirements") and name != "pip_requirements"}
+extras["docs"] += extras["notebooks"]
+extras["dev"] += [line for name in cfg["dev_extras"].split() for line in extras[name]]
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -71,8 +73,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"tested": tested, "notebooks": notebooks, "encoders": requirements("encoders_requirements"), "whitening": whitening, "grid": grid,
-                    "dev": requirements("dev_requirements") + tested + notebooks + whitening + grid},
+    extras_require=extras,
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [cfg["lib_name"] + "=" + cfg["lib_name"] + "._modidx:d"],

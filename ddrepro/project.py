@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAR', 'LINTED', 'LINE', 'LONG_SHARE', 'chapters_named', 'is_run', 'last_states', 'run_chapter', 'run_chapters',
            'run_tests', 'flagged_cells', 'flagged', 'relink', 'readme_text', 'contents', 'remedy', 'out_of_step',
-           'code_lines', 'long_lines', 'lint', 'run_within', 'run_quick', 'chores']
+           'code_lines', 'long_lines', 'fenced', 'lint', 'run_within', 'run_quick', 'chores']
 
 # %% ../nbs/project.ipynb #cell-003
 import argparse
@@ -233,14 +233,26 @@ def long_lines(
     counts = [f"{names[file]}: {n} lines of more than {LINE} characters" for file, n in long.items() if n]
     return [*counts, f"{place.name}: {sum(long.values())} in all, more than {share:.0%} of its lines"]
 
+# %% ../nbs/project.ipynb #6e371bf4
+def fenced(
+    nbs: Path,  # the folder of notebooks
+) -> list[str]:
+    "Markdown cells of notebooks with fences of Quarto, a line each"
+    faults = []
+    for name, notebook in notebooks_in(nbs).items():
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown" and re.search(r"^\s*:{3,}", "".join(cell["source"]), re.M):
+                faults.append(f"{name}.ipynb {cell.get('id', '')}: ':::' is shown as it is; write a callout as '> **Note**', '>', '> text'")
+    return faults
+
 # %% ../nbs/project.ipynb #de8da7d1
 def lint(
     root: Path,  # the checkout
 ) -> int:
-    "Run ruff and count long lines in package, notebooks, tests and scripts; the exit status"
+    "Run ruff, count long lines in package, notebooks, tests and scripts, refuse Quarto's fences; the exit status"
     need("ruff", "dev")
     status = subprocess.run([sys.executable, "-m", "ruff", "check", *LINTED], cwd=root).returncode
-    complaints = [line for place in LINTED for line in long_lines(root / place)]
+    complaints = [line for place in LINTED for line in long_lines(root / place)] + fenced(root / "nbs")
     if complaints: print("\n".join(complaints))
     return int(bool(status or complaints))
 
@@ -314,6 +326,8 @@ def chores(
     commands.add_parser("check", help="are modules, notebooks and README in step, and does every reference resolve?")
     commands.add_parser("published", help="write reports/published.html from nbs/published.ipynb as it was executed")
     commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    sub = commands.add_parser("docs", help="build the documentation site in _docs/ and check its links")
+    sub.add_argument("pages", nargs="*", help="pages, such as methods/dm, to look at some of it (default: all)")
     args = parser.parse_args(argv)
     root = project_root()
     if root is None: parser.error("this ddrepro is an installed wheel; these chores need a checkout")
@@ -321,6 +335,9 @@ def chores(
     try:
         if args.chore == "chapters": return run_chapters(args.names, root, args.workers)
         if args.chore == "test": return run_tests(args.names, root, args.workers)
+        if args.chore == "docs":
+            from ddrepro.site.build import build_site
+            return build_site(root, only=args.pages)
     except (ValueError, FileNotFoundError) as error: parser.error(str(error))
     if args.chore == "lint": return lint(root)
     if args.chore == "quick": return run_quick(root, args.since)

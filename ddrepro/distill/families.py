@@ -34,7 +34,7 @@ class MeanMatching(Method):
     iterations: int = 20_000
     lr: float = 1.0                    # of the synthetic samples
     lr_factor: float = 1.0             # multiplies lr: controls match another method's gradient scale
-    momentum: float = 0.5
+    momentum: float = 0.5              # of the synthetic samples
     batch: int = 256                   # real samples a class; fewer where the class has fewer; 0: the whole class
     width: int = 128                   # of the matching networks
     net: str = "convnet"               # their kind, with options: "convnet:norm=batch", "resnet18", "mlp"
@@ -175,7 +175,7 @@ class FeatureMatching(Method):
     iterations: int = 10_000
     factor: int = 2
     lr: float = 1.0                 # of the synthetic samples
-    momentum: float = 0.5
+    momentum: float = 0.5              # of the synthetic samples
     batch: int = 256                # real samples a class; 0: the whole class
     width: int = 128                # of the matching networks
     net: str = "convnet"            # their kind, with options: "convnet:norm=batch", "resnet18", "mlp"
@@ -340,8 +340,8 @@ class TrajectoryMatching(Method):
     alpha: float = 0.01             # where the rates α start
     largest_alpha: float = 10.      # a run with a larger α, or a negative one, stops
     graphs: int = 1                 # steps whose graphs are kept instead of rebuilt
-    experts: int = 100
-    expert_epochs: int = 50
+    experts: int = 100              # networks trained on all real data
+    expert_epochs: int = 50         # of the training of each
     expert_rate: float = 0.01       # of the experts' own training
     expert_batch: int = 256         # real samples in a step of an expert
     expert_seed: int = 0            # one buffer serves all distillation seeds

@@ -84,7 +84,7 @@ class GradientMatching(Method):
     "Methods that match the gradients real and synthetic samples of a class give a network"
     iterations: int = 10_000        # updates of S: outer steps of all networks together
     lr: float = 0.1                 # of the synthetic samples; the code's is 0.01 with a perceptron
-    momentum: float = 0.5
+    momentum: float = 0.5              # of the synthetic samples
     batch: int = 256                # real samples a class; fewer where the class has fewer; 0: the whole class
     metric: str = "layerwise"       # distance of gradients; or "mse", "cos", "conv_mse", "conv_l1"
     outer: int = None               # O, steps of S with one network; None: the code's for the IPC

@@ -33,8 +33,8 @@ class DSDM(FeatureMatching):
     models: int = 10                # M
     pool_epochs: int = 20           # E
     pool_seed: int = 0              # one pool serves all distillation seeds
-    pool_batch: int = 256
-    pool_cutmix: float = 0.5
+    pool_batch: int = 256           # real samples in a step of pre-training
+    pool_cutmix: float = 0.5        # probability that a batch of pre-training is mixed
     lambda_sd: float = 50.0         # λ1
     lambda_h: float = 0.2           # λ2
     divisor: str = "n-1"            # of covariances: "n-1" as the authors' code, "n" as eq. 5 prints (D-DSDM-1)

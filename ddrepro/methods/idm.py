@@ -43,7 +43,7 @@ class IDM(LearnersMatching):
     push_every: int = 30            # iterations after which a new network joins
     fetch: int = 2                  # networks trained after an iteration
     train_steps: int = 10           # of each of them
-    net_momentum: float = 0.9
+    net_momentum: float = 0.9       # of the networks that learn from real data
     net_decay: float = 5e-4         # weight decay
     forget_every: int = 100         # iterations after which accuracies begin anew (D-IDM-4)
 

@@ -207,9 +207,9 @@ class DualFields:
     dim: int = DualSpec.dim                # of tfidf and tfidf_char
     dropout: float = DualSpec.dropout      # in the text projection
     experts: int = 20                      # networks trained on all real pairs
-    expert_epochs: int = 10
-    expert_rate: float = 0.1
-    expert_batch: int = 128
+    expert_epochs: int = 10                # of the training of each
+    expert_rate: float = 0.1               # of that training, constant
+    expert_batch: int = 128                # real pairs in a step of it
     expert_captions: int = 0               # captions of a picture in an epoch of an expert; 0: all
     expert_augment: str = ""               # of the pictures an expert sees
     expert_seed: int = 0                   # one buffer serves all distillation seeds

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VGGS10K', 'AVE', 'FOLDERS', 'FROM', 'SHAPES', 'PICTURES', 'find_file', 'where_avdd', 'open_file', 'read_tensors',
-           'check_labels', 'to_bytes', 'load_avdd', 'vggs10k', 'ave']
+           'check_labels', 'to_bytes', 'load_avdd', 'vggs10k', 'ave', 'check_ways', 'cut_clips']
 
 # %% ../../../nbs/data/sets/13_avdd_sets.ipynb #cell-003
 import pickle
@@ -16,9 +16,12 @@ import numpy as np
 import torch
 
 from ...core.files import DamagedFile
+from ..clip_data import load_clips
+from ..clip_lists import VGGS10K_EXCLUDED, ave_list, vggsound_list
 from ..real import FULL, Normalisation, Part, RealData, carve
 from ..registry import data_root, dataset
 from ..signals import AVDD_MEL
+from ..video import AVE_MOMENT, Look
 
 # %% ../../../nbs/data/sets/13_avdd_sets.ipynb #cell-007
 VGGS10K = ("chicken crowing", "toilet flushing", "playing acoustic guitar", "playing piano", "ocean burbling",
@@ -173,12 +176,41 @@ def load_avdd(
 
 @dataset("vggs10k", modalities=("image", "audio"), classes=10, sizes="7928/880/443",
          source="VGGSound, ten classes; files of the AVDD authors", where=lambda: where_avdd("vgg_subset"))
-def vggs10k(root=None) -> RealData:   # folder of data sets; default data_root()
+def vggs10k(
+    root=None,                   # folder of data sets; default data_root()
+    folder=None,                 # of VGGSound's videos with vggsound.csv or vgg_subset.csv, or of shards cut from them
+    out=None,                    # folder for the shards; default below data_root()
+    bad: str = "skip",           # what to do with clips that cannot be read: "skip", which reports them, or "refuse"
+    train_per_class: int = None  # at most so many training samples of a class, of those cut from videos
+) -> RealData:
     "Ten classes of VGGSound, one second of each clip; 1.7 GB in memory"
-    return load_avdd("vggs10k", "vgg_subset", VGGS10K, root)
+    check_ways(folder, out=out, bad=bad, train_per_class=train_per_class)
+    if folder is None: return load_avdd("vggs10k", "vgg_subset", VGGS10K, root)
+    clips = lambda place: vggsound_list(place, "vggs10k", classes=VGGS10K, excluded=VGGS10K_EXCLUDED)
+    return cut_clips(folder, clips, Look(keep_silent=True), out, bad, train_per_class)
 
 @dataset("ave", modalities=("image", "audio"), classes=28, sizes="≈25200/≈2800/AVE's test",
          source="AVE, 28 classes; files of the AVDD authors", where=lambda: where_avdd("ave"))
-def ave(root=None) -> RealData:   # folder of data sets; default data_root()
+def ave(
+    root=None,                   # folder of data sets; default data_root()
+    folder=None,                 # AVE_Dataset: its videos and lists; or of shards cut from them
+    out=None,                    # folder for the shards; default below data_root()
+    bad: str = "skip",           # what to do with clips that cannot be read: "skip", which reports them, or "refuse"
+    train_per_class: int = None  # at most so many training samples of a class, of those cut from videos
+) -> RealData:
     "Every second of the events of AVE's videos; about 6 GB in memory"
-    return load_avdd("ave", "ave", AVE, root)
+    check_ways(folder, out=out, bad=bad, train_per_class=train_per_class)
+    if folder is None: return load_avdd("ave", "ave", AVE, root)
+    return cut_clips(folder, lambda place: ave_list(place, AVE), Look(moment=AVE_MOMENT, keep_silent=True), out, bad,
+                     train_per_class)
+
+def check_ways(folder, **options):
+    "Raise ValueError where options of cutting videos are given without a folder of them"
+    given = [k for k, v in options.items() if v not in (None, "skip")]
+    if folder is None and given:
+        raise ValueError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for videos: give their folder too")
+
+def cut_clips(folder, list_clips: callable, look: Look, out, bad: str, train_per_class: int) -> RealData:
+    "A set of the paper, cut from its videos"
+    return load_clips(folder, list_clips, look, {}, out=out, bad=bad, train_per_class=train_per_class, published=True,
+                      normalisation={"image": PICTURES, "audio": Normalisation()})
