@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['NAMED', 'ELSEWHERE', 'LONGEST_NAME', 'DEMO', 'COMMAND_NAMES', 'RUN_USAGE', 'GRID_USAGE', 'GRID_OPTIONS', 'papers',
            'notebook_of', 'parse_assignments', 'report_name', 'check_name', 'check_request', 'ready', 'Reported',
-           'run_paper', 'render', 'headline', 'doctor', 'check_data_sets', 'one_of', 'parser', 'unknown_command',
-           'missing_paper', 'parameter_hint', 'run_epilog', 'to_the_left', 'method_table', 'run_and_print', 'execute',
-           'parsed', 'stopped', 'carry_out', 'notebook_failed', 'main']
+           'run_paper', 'render', 'is_committed', 'reports_folder', 'one_of', 'parser', 'unknown_command',
+           'missing_paper', 'parameter_hint', 'run_epilog', 'run_and_print', 'execute', 'parsed', 'complete', 'stopped',
+           'carry_out', 'notebook_failed', 'main']
 
 # %% ../nbs/cli.ipynb #cell-003
 import argparse
-import io
 import json
-import os
 import re
 import shlex
 import sys
@@ -21,7 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
-from .core.share import check_writable, choose, place, share_path, writing
+from ddrepro.cli_answers import (
+    as_json,
+    candidates,
+    check_data_sets,
+    completed,
+    completion_script,
+    doctor,
+    method_hint,
+    method_table,
+    methods_table,
+)
+from .core.share import check_writable, choose, place, project_root, share_path, writing
 from .core.terminal import ended_by_signals, exit_status, standard_streams
 from .report.parameters import check_parameters, declared_parameters, parameters_help
 from .report.running import handed_on, run_notebook, this_interpreter
@@ -39,6 +48,7 @@ def papers() -> dict:
 
 def notebook_of(paper: str) -> Path:
     "The notebook of a paper"
+    if paper not in papers() and (hint := method_hint(paper)): raise ValueError(hint)
     return share_path(f"nbs/repro_{choose('paper', paper, papers())}.ipynb")
 
 # %% ../nbs/cli.ipynb #11d27737
@@ -118,9 +128,9 @@ def run_paper(
     params = check_parameters(declared, values)
     defaults = {n: p.default for n, p in declared.items()}
     check_request(paper, defaults | params)
-    from ddrepro.core.certificates import runs_folder, work_folder
+    from ddrepro.core.certificates import runs_folder
     from ddrepro.core.files import write_atomic
-    folder = ready(place(reports or work_folder() / "reports", "name another folder by --reports"))
+    folder = ready(place(reports or reports_folder(), "name another folder by --reports"))
     if params.get("out"): ready(place(params["out"], "name another folder by -p out"))
     name = name or report_name(paper, defaults | params, defaults)
     target = ready(runs_folder() / "notebooks") / f"{name}.ipynb"
@@ -136,74 +146,28 @@ def run_paper(
     return Reported(report, tagged_output(target, "final-table"), [])
 
 def render(notebook: Path, html: Path) -> Path:
-    "An executed notebook's report, with its provenance and final table in the head; the index of its folder is made anew"
-    from ddrepro.papers import all_papers
-    from ddrepro.report.report import render_report, report_index, tagged_output
-    facts = json.loads(tagged_output(notebook, "provenance") or "{}")
-    paper = all_papers().get(facts.get("paper"))
-    main = headline(tagged_output(notebook, "rows"), paper.rows if paper else ())
-    render_report(notebook, html, provenance=facts, headline=main)
-    report_index(html.parent)
+    "An executed notebook's report, with what its rows say on the first screen; the index of its folder is made anew, but the committed one"
+    from ddrepro.report.index import report_index
+    from ddrepro.report.whole import whole_report
+    whole_report(notebook, html)
+    if not is_committed(html.parent): report_index(html.parent)
     return html
 
-# %% ../nbs/cli.ipynb #cell-008
-def headline(
-    rows: str,          # of a report, as CSV
-    papers_own: tuple   # names of the paper's own rows, the best first
-) -> str:
-    "The main result in a line: the paper's own method at the largest IPC, else the last row"
-    import pandas as pd
-    if not rows: return ""
-    table = pd.read_csv(io.StringIO(rows))
-    table = table[table.dataset == table.dataset.iloc[0]]
-    name = next((name for name in papers_own if name in set(table.row)), table.row.iloc[-1])
-    main = table[table.row == name]
-    main = main[main.ipc == main.ipc.max()].drop_duplicates(["modality", "seed", "eval_seed"])
-    first = main.modality.str.endswith("R@1")
-    if first.any(): main = main[first]
-    scores = " · ".join(f"{m} {a:.1f}" for m, a in main.groupby("modality", sort=False).accuracy.mean().items())
-    amount = f"{main.ipc.iloc[0]} pairs" if first.any() else f"IPC {main.ipc.iloc[0]}"
-    return f"{name}, {main.dataset.iloc[0]}, {amount}: {scores} %"
+# %% ../nbs/cli.ipynb #fe08132e
+def is_committed(folder: Path) -> bool:
+    "Whether a folder is the one of this checkout whose reports are committed"
+    root = project_root()
+    return root is not None and folder.resolve() == (root / "reports").resolve()
 
-# %% ../nbs/cli.ipynb #cell-018
-def doctor() -> list:   # of (what, how it is), texts
-    "Versions, device, threads, precision, compiler, data, store"
-    import torch
-
-    from ddrepro.core.certificates import environment, runs_folder, store_folder, torch_mismatch
-    known = environment()
-    if problem := torch_mismatch(known["torch"], known["torchvision"], known["torchaudio"]):
-        return [(k, str(v)) for k, v in known.items()] + [("problem", problem)]
-    from ddrepro.core.compilers import compiler_lacks
-    from ddrepro.core.compute import has_bfloat16, resolve_compute
-    from ddrepro.data.registry import data_root, list_data
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = sum(f.stat().st_size for f in store_folder().rglob("*") if f.is_file()) if store_folder().exists() else 0
-    lines = [*known.items(), ("device", device), ("threads", torch.get_num_threads()),
-             ("bfloat16", "native" if has_bfloat16(device) else "not native"),
-             ("compiler", f"torch.compile is not used: {why}" if (why := compiler_lacks(device)) else "there"),
-             ("a long run computes with", resolve_compute()),
-             ("DDREPRO_DATA", os.environ.get("DDREPRO_DATA") or f"not set; looking in {data_root()}")]
-    lines += [(f"data {r.name}", r.found) for r in list_data().itertuples()]
-    lines += [("runs", runs_folder()), ("store", f"{size / 2**20:,.1f} MiB")]
-    return [(str(k), str(v)) for k, v in lines]
-
-def check_data_sets(names: list) -> int:
-    "Load data sets and print what they are; the number that failed"
-    from ddrepro.data.registry import list_data, load_data
-    table = list_data()
-    failed = 0
-    for name in names or table[table.found != "not here"].name:
-        try: real = load_data(name)
-        except Exception as error:
-            print(str(error) if str(error).startswith(name) else f"{name}: {error}")
-            failed += 1
-        else: print(f"{name}: intact; {real!r}, fingerprint {real.fingerprint[:12]}")
-    return failed
+def reports_folder() -> Path:
+    "Where reports go by default: reports/ here; reports/local in the project's own checkout, so that a run changes no committed file"
+    from ddrepro.core.certificates import work_folder
+    folder = work_folder() / "reports"
+    return folder / "local" if is_committed(folder) else folder
 
 # %% ../nbs/cli.ipynb #cell-021
 DEMO = {"ipc": "3", "iterations": "40", "eval_seeds": "2"}
-COMMAND_NAMES = ("run", "demo", "grid", "data", "methods", "doctor", "report", "bench")
+COMMAND_NAMES = ("run", "demo", "grid", "data", "methods", "doctor", "report", "index", "bench", "completion")
 RUN_USAGE = "ddrepro run PAPER [-p NAME VALUE ...] [--reports FOLDER] [--name NAME]"
 GRID_USAGE = "ddrepro grid [status] FILE [--dry-run] [--profile local|slurm] [--jobs N] … [-- WORDS FOR SNAKEMAKE]"
 GRID_OPTIONS = {   # name → type and meaning; how they are when not given, `grid.GridOptions` says
@@ -235,26 +199,35 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
                      help="set a parameter of the notebook, a list by several values; may be repeated")
     run.add_argument("--reports", type=Path, help="folder of the report (default: reports/ here)")
     run.add_argument("--name", help="file name of the report, without suffix")
+    run.add_argument("--json", action="store_true", help="print report, rows and table as JSON")
     settings = " ".join(f"{k}={v}" for k, v in DEMO.items())
     demo = add("demo", f"The AVDD notebook on embedded data with {settings}: a first report in a few minutes.")
     demo.add_argument("--reports", type=Path, help="folder of the report (default: reports/ here)")
     grid = add("grid", "Run a table of cells (CSV or JSON) job by job, or say how it stands.", usage=GRID_USAGE)
     grid.add_argument("words", nargs="+", metavar="[status] FILE", help="a table whose columns are paper and parameters of its notebook")
     grid.add_argument("--dry-run", action="store_true", help="say what would be done")
+    grid.add_argument("--json", action="store_true", help="with status: print how every job stands as JSON")
     profile = one_of("profile", ("local", "slurm"))
     grid.add_argument("--profile", type=profile, metavar="{local,slurm}", help="where jobs run (default: local)")
     for name, (kind, about) in GRID_OPTIONS.items(): grid.add_argument(f"--{name}", type=kind, help=about)
     data = add("data", "List the data sets, or load and check them.")
     data.add_argument("action", type=one_of("action", ("list", "check")), metavar="{list,check}", help="what to do")
     data.add_argument("names", nargs="*", help="data sets to check (default: all that are here)")
+    data.add_argument("--json", action="store_true", help="print the list as JSON")
     methods = add("methods", "List the methods, or the hyper-parameters of one with its published values.")
     methods.add_argument("name", nargs="?", help="a method")
     methods.add_argument("--dataset", help="values for this data set")
     methods.add_argument("--ipc", type=int, default=10, help="values for this IPC (default: 10)")
-    add("doctor", "Versions, device, threads, bfloat16, compiler, data, store.")
+    methods.add_argument("--json", action="store_true", help="print the table as JSON")
+    about = add("doctor", "Versions, device, threads, bfloat16, compiler, data, store.")
+    about.add_argument("--json", action="store_true", help="print them as JSON")
+    completion = add("completion", "Print lines that teach a shell to complete this command.")
+    completion.add_argument("shell", type=one_of("shell", ("bash", "zsh", "fish")), metavar="{bash,zsh,fish}", help="which shell")
     report = add("report", "Render the HTML report of an executed notebook, such as papermill's output.")
     report.add_argument("notebook", type=Path)
     report.add_argument("--html", type=Path, help="where it goes (default: beside the notebook)")
+    index = add("index", "Make the index of a folder of reports anew: coverage, claims, newest runs, a page a paper.")
+    index.add_argument("folder", type=Path, nargs="?", help="where reports lie (default: where runs put them)")
     bench = add("bench", "Measure the speed of matching and evaluation against a plain loop, as ratios in one run.")
     bench.add_argument("what", nargs="*", help="which measurements (default: all)")
     bench.add_argument("--json", type=Path, help="write the rows to a file")
@@ -288,23 +261,13 @@ def run_epilog(paper: str = None) -> str:
     return "parameters of a paper:\n" + "".join(f"  ddrepro run {name} --help\n" for name in papers())
 
 # %% ../nbs/cli.ipynb #cell-022
-def to_the_left(column):
-    "Formatter that pads the texts of a column on the right"
-    width = int(column.astype(str).str.len().max())
-    return lambda value: str(value).ljust(width)
-
-def method_table(name: str = None, dataset: str = None, ipc: int = 10) -> str:
-    "The registered methods, or one method's hyper-parameters with what they mean, as text"
-    from ddrepro.methods import hyperparameters, list_methods
-    from ddrepro.papers.deviations import explained
-    table = hyperparameters(name, dataset, ipc) if name else list_methods()
-    if name: table["meaning"] = table["meaning"].map(explained)
-    text = table.to_string(index=False, justify="left", formatters={c: to_the_left(table[c]) for c in table})
-    return "\n".join(line.rstrip() for line in text.splitlines())
-
-def run_and_print(paper: str, values: dict, reports: Path, name: str) -> int:
+def run_and_print(paper: str, values: dict, reports: Path, name: str, json_wanted: bool = False) -> int:
     "Run a paper and print its final table; the exit status"
     done = run_paper(paper, values, reports, name)
+    if json_wanted:
+        rows = done.report.with_suffix(".csv") if done.final else None
+        print(as_json(dict(report=done.report, rows=rows, table=done.final.splitlines(), empty=done.reasons)), flush=True)
+        return 0 if done.final else 1
     if done.final: print(done.final)
     print(f"\nreport: {done.report}", flush=True)
     failure = getattr(sys.stdout, "failure", None)
@@ -316,7 +279,7 @@ def run_and_print(paper: str, values: dict, reports: Path, name: str) -> int:
 # %% ../nbs/cli.ipynb #a0084be7
 def execute(args) -> int:
     "Carry out parsed arguments; the exit status"
-    if args.command == "run": return run_and_print(args.paper, parse_assignments(args.params), args.reports, args.name)
+    if args.command == "run": return run_and_print(args.paper, parse_assignments(args.params), args.reports, args.name, args.json)
     if args.command == "demo": return run_and_print("avdd", DEMO, args.reports, "demo")
     if args.command == "grid":
         from ddrepro.grid import grid_and_print
@@ -324,12 +287,17 @@ def execute(args) -> int:
     if args.command == "data" and args.action == "check": return min(1, check_data_sets(args.names))
     if args.command == "data":
         from ddrepro.data.registry import list_data
-        print(list_data().to_string(index=False))
+        print(as_json(list_data()) if args.json else list_data().to_string(index=False))
+    elif args.command == "methods" and args.json: print(as_json(methods_table(args.name, args.dataset, args.ipc)))
     elif args.command == "methods": print(method_table(args.name, args.dataset, args.ipc))
-    elif args.command == "doctor": print("\n".join(f"{k:28} {v}" for k, v in doctor()))
+    elif args.command == "doctor": print(as_json(dict(doctor())) if args.json else "\n".join(f"{k:28} {v}" for k, v in doctor()))
+    elif args.command == "completion": print(completion_script(args.shell), end="")
     elif args.command == "report":
         if not args.notebook.is_file(): raise FileNotFoundError(f"there is no notebook {args.notebook}")
         print(render(args.notebook, args.html or args.notebook.with_suffix(".html")))
+    elif args.command == "index":
+        from ddrepro.report.index import report_index
+        print(report_index(args.folder or reports_folder()))
     elif args.command == "bench":
         from ddrepro.bench import bench
         bench(args.what, args.json)
@@ -349,6 +317,14 @@ def parsed(words: list) -> argparse.Namespace:
     if args.command == "run" and args.paper is None: commands.error(missing_paper(args))
     return args
 
+# %% ../nbs/cli.ipynb #77372673
+def complete(
+    words: list   # of a command line; the last is being typed
+) -> int:
+    "Print what may stand where the last word stands, for a shell; the exit status"
+    print(completed(candidates(words, parser(), papers(), notebook_of), words[-1] if words else ""), end="")
+    return 0
+
 # %% ../nbs/cli.ipynb #b1afeba3
 def stopped(stop: KeyboardInterrupt, words: list) -> int:
     "Say what goes on with stopped work; the exit status that shells expect"
@@ -358,6 +334,7 @@ def stopped(stop: KeyboardInterrupt, words: list) -> int:
 
 def carry_out(words: list) -> int:
     "The exit status of a command: 2, with a clear line, for what the caller can mend"
+    if words[:1] == ["complete"]: return complete(words[2:] if words[1:2] == ["--"] else words[1:])
     args = parsed(words)
     if not args.command:
         parser().print_help()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATES', 'Grid', 'table_folder', 'planned', 'write_plan', 'kept_plan', 'JobState', 'states_of', 'state_of_tries',
            'last_line', 'seconds_spent', 'seconds_by_likeness', 'expected', 'Rest', 'rest_of', 'summary', 'in_numbers',
-           'time_line', 'grid_status', 'GridOptions', 'todo_of', 'snakemake_command', 'accounting', 'run_grid',
-           'controlled', 'follow', 'controller', 'end_with', 'tail', 'dry_run', 'grid_and_print']
+           'time_line', 'grid_status', 'grid_facts', 'GridOptions', 'todo_of', 'snakemake_command', 'accounting',
+           'run_grid', 'controlled', 'follow', 'controller', 'end_with', 'tail', 'dry_run', 'grid_and_print']
 
 # %% ../nbs/grid.ipynb #4baa1a27
 import json
@@ -190,6 +190,14 @@ def grid_status(file) -> str:
     grid = kept_plan(file) or planned(file)
     return summary(grid, states_of(grid))
 
+# %% ../nbs/grid.ipynb #f2bbab29
+def grid_facts(file) -> dict:
+    "How the grid of a table stands, for scripts: jobs by state, and each job with its label, state, seconds so far and last word"
+    grid = kept_plan(file) or planned(file)
+    jobs = [dict(id=id, kind=found.job.kind, label=found.job.label, state=found.state, seconds=found.seconds, why=found.why)
+            for id, found in states_of(grid).items()]
+    return dict(table=str(file), total=len(jobs), states=dict(Counter(job["state"] for job in jobs)), jobs=jobs)
+
 # %% ../nbs/grid.ipynb #9877def1
 @dataclass(frozen=True)
 class GridOptions:
@@ -334,8 +342,10 @@ def grid_and_print(args) -> int:
         raise ValueError(f"grid takes one table, or status and a table; got {shlex.join(args.words)}")
     given = {f.name: value for f in fields(GridOptions) if (value := getattr(args, f.name, None)) is not None}
     options = GridOptions(**given | dict(more=tuple(args.more)))
-    if not first and not args.dry_run: return run_grid(file, options)
-    print(grid_status(file) if first else dry_run(file))
+    if not first and not args.dry_run and not getattr(args, "json", False): return run_grid(file, options)
+    if getattr(args, "json", False) and not first: raise ValueError(f"--json goes with status: ddrepro grid status {file} --json")
+    if getattr(args, "json", False): print(json.dumps(grid_facts(file), ensure_ascii=False, indent=1))
+    else: print(grid_status(file) if first else dry_run(file))
     return 0
 
 # %% ../nbs/grid.ipynb #879cdf5f

@@ -342,7 +342,8 @@ def chores(
     if args.chore == "lint": return lint(root)
     if args.chore == "quick": return run_quick(root, args.since)
     if args.chore == "published":
-        from ddrepro.report.report import render_report, report_index
+        from ddrepro.report.index import report_index
+        from ddrepro.report.report import render_report
         render_report(root / "nbs/published.ipynb", root / "reports/published.html")
         report_index(root / "reports")
         return 0

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddrepro.cli import doctor
+from ddrepro.cli_answers import doctor
 from ddrepro.core.arithmetic import core_count, machine_facts
 from ddrepro.core.compute import EXACT, Compute
 from ddrepro.core.files import load_tensors, save_tensors

@@ -8,7 +8,8 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ddrepro.cli import main, papers
-from ddrepro.report.report import render_report, report_index, tagged_output
+from ddrepro.report.index import report_index
+from ddrepro.report.report import render_report, tagged_output
 from helpers import KERNEL
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
@@ -44,14 +45,28 @@ def test_nothing_runs(page):
     soup = BeautifulSoup(text, "html.parser")
     assert soup.find("script") is None
     assert "&lt;script&gt;alert(1)" in text
-    assert [td.get_text() for td in soup.find_all("td")] == ["dm", "61.2", "<b>", "63.9"]
+    assert [td.get_text() for td in soup.tbody.find_all("td")] == ["dm", "61.2", "<b>", "63.9"]
     assert "3/3" not in text and "IProgress" not in text
 
 
 def test_index_and_handed_on_table(page):
     assert "63.9" in tagged_output(page.parent.parent / "out.ipynb", "final-table")
     soup = BeautifulSoup(report_index(page.parent).read_text(), "html.parser")
-    assert [td.get_text() for td in soup.main.find_all("td")][:2] == ["Title", "avdd 63.9 %"]
+    assert [td.get_text() for td in soup.find(id="runs").find_next("tbody").find_all("td")][:2] == ["Title", "avdd 63.9 %"]
+
+
+def test_machinery_stays_behind_and_code_behind_one_switch(page):
+    soup = BeautifulSoup(page.read_text(), "html.parser")
+    assert len(soup.select("input[type=checkbox]")) == 1 and not soup.select("details.code, details.messages")
+    assert all("code" in block.parent["class"] for block in soup.select("main .highlight"))
+    assert soup.select(".files a[download='run.ipynb']")[0]["href"].startswith("data:application/x-ipynb+json;base64,")
+
+
+def test_pictures_open_without_a_script(page):
+    soup = BeautifulSoup(page.read_text(), "html.parser")
+    frame = soup.find(class_="zoom")
+    assert frame.find("img")["alt"] == "Figure in “Part”"
+    assert all(soup.find(id=link["href"][1:]) for link in frame.find_all("a"))
 
 
 ABSENT = "<table><tr><th>ViT-Tiny<br><small class=\"absent\">not run: no weights</small></th><td>–</td></tr></table>"
@@ -101,9 +116,9 @@ def test_a_report_and_its_rows_belong_together(command):
 def test_other_parameters_make_another_report(command):
     for words in (["lines", "DM"], ["lines", "AVDD"], ["lines", "AVDD", "-p", "device", "cpu"]):
         reports = command("-p", *words)[2]
-    first, second = sorted(p.stem for p in reports.glob("*.csv"))
+    first, second = sorted(p.stem for p in reports.glob("*.csv") if p.stem != "index")
     assert {first[:11], second[:11]} == {"tiny_quick_"} and len(first) == len(second) == 17
-    assert {p.stem for p in reports.glob("*.html")} == {first, second, "index"}
+    assert {p.stem for p in reports.glob("*.html") if not p.stem.startswith("paper-")} == {first, second, "index"}
 
 
 def test_help_is_of_one_paper(capsys):

@@ -325,6 +325,7 @@ def iterate(
     last_saved, last_t, begun = time.monotonic(), -1, t
     bar = Progress(f"distil {method.name}, seed {context.seed}", total=method.iterations, begun=t, shown=progress)
     course = Course(t, state, curve, list(rules), 1 if on_iteration or context.compute.kind == "cpu" else WATCHED)
+    bar.note = lambda: f"loss {course.curve[-1]:.4g}" if course.curve else ""
     def save():
         (t, state), compute = course.sound, context.compute
         if checkpoints: checkpoints.save(t, state, course.curve, compute)

@@ -248,6 +248,13 @@ def beside(table: str, dataset: str, ipc: int) -> pd.DataFrame:
     rows = rows[(rows.metric == "acc") & rows.ipc.isin([str(ipc), "whole"])]
     return rows[["row", "modality", "mean", "std"]].reset_index(drop=True)
 
+# %% ../../nbs/papers/avdd.ipynb #dc75ee99
+@patch
+def claims_at(self: AVDDPaper, place: str) -> tuple: return tuple(AVDD_CLAIMS) if place in ("", "Table 1", "Table 3") else ()
+
+@patch
+def claimed_in(self: AVDDPaper, rows: pd.DataFrame) -> tuple: return ("AV",)
+
 # %% ../../nbs/papers/avdd.ipynb #c5f28dcd
 EXACT32 = Compute(threads=0)
 EXACT64 = Compute(precision="float64", threads=0)

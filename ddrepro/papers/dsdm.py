@@ -312,6 +312,13 @@ def claims_of_one(rows: pd.DataFrame, claims=tuple(DSDM_CLAIMS)) -> pd.DataFrame
     "Every comparison the rows of one data set and IPC allow, corrected together; empty where there is none"
     return compared(rows, claims, rows.modality.iloc[0]) if len(rows) else pd.DataFrame()
 
+# %% ../../nbs/papers/dsdm.ipynb #72663e0f
+@patch
+def claims_at(self: DSDMPaper, place: str) -> tuple:
+    "Those of the tables of results, or of the ablation"
+    if place in ("Table 1", "Table 2"): return tuple(DSDM_CLAIMS)
+    return tuple(ABLATION_CLAIMS) if place == "Table 4" else ()
+
 # %% ../../nbs/papers/dsdm.ipynb #61dedb12
 BEST_OF_FOUR = ("Headlines are the last epoch of the last set. The paper's code reports the best of four test epochs of a hundred sets "
                 "(D-DSDM-8); the best of four epochs of the last set has its own column in Tables 1 and 2.")

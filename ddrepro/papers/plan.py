@@ -302,3 +302,33 @@ def compared(
     claims = [Claim(*claim) for claim in claims]
     possible = [claim for claim in claims if {claim.a, claim.b} <= there]
     return compare(rows, possible, modality, family=len(claims)) if possible else pd.DataFrame()
+
+# %% ../../nbs/papers/plan.ipynb #6a35d170
+@patch
+def claims_at(self: Paper, place: str) -> tuple:
+    "Claims of a place, as `statistics.Claim` or pairs (a, b); none where the paper claims nothing"
+    return ()
+
+@patch
+def claimed_in(self: Paper, rows: pd.DataFrame) -> tuple:
+    "The modalities in which a paper's claims are tested; here the last one of the rows"
+    return (rows.modality.iloc[-1],)
+
+@patch
+def printed_at(self: Paper, place: str, dataset: str) -> pd.DataFrame:
+    "Printed accuracies and recalls that may stand beside the rows of a place"
+    printed = self.published(dataset=dataset)
+    if place in set(printed.table): printed = printed[printed.table == place]
+    return printed[printed.metric.isin(["acc", "acc_derived", "recall"])]
+
+@patch
+def comparisons(self: Paper, rows: pd.DataFrame) -> pd.DataFrame:
+    "Every claim that the rows of a report allow, corrected place by place: as `compare` gives them, with place, dataset and ipc"
+    rows = rows.assign(place=rows.place.fillna("") if "place" in rows else "")
+    tables = []
+    for (table, dataset), there in rows.groupby(["place", "dataset"], sort=False):
+        claims, modalities = self.claims_at(table), [m for m in self.claimed_in(there) if m in set(there.modality)]
+        for ipc in sorted(set(there.ipc) - {0}) if claims and modalities else ():
+            found = compared(there[there.ipc == ipc], claims, modalities)
+            if len(found): tables.append(found.assign(place=table, dataset=dataset, ipc=ipc))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -340,6 +340,18 @@ def sources_of(self: VLDDPaper, table: str, dataset: str) -> list:
     if not len(rows): rows = self.printed(table)
     return list(dict.fromkeys(piece for source in rows.source for piece in source.split("; ")))
 
+# %% ../../nbs/papers/vldd.ipynb #feec105e
+@patch
+def claims_at(self: VLDDPaper, place: str) -> tuple: return tuple(VL_CLAIMS.get(place, ()))
+
+@patch
+def claimed_in(self: VLDDPaper, rows: pd.DataFrame) -> tuple: return ("TR R@1", "IR R@1")
+
+@patch
+def printed_at(self: VLDDPaper, place: str, dataset: str) -> pd.DataFrame:
+    "A table of ours by its own name, from whichever table of the paper prints it; the first of two that print the same cell"
+    return self.printed(place, dataset).drop_duplicates(["row", "ipc", "modality"]) if place in VL_PRINTED else self.published().iloc[:0]
+
 # %% ../../nbs/papers/vldd.ipynb #561c0ba3
 @patch
 def differences(self: VLDDPaper, plan: Plan) -> list:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from .figures import listing
 from .plots import PALETTE, colours, new_figure
 from .tables import check_score_rows, mean_std, shown_modalities, summary_of
 
@@ -50,7 +51,10 @@ def loss_curves(
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         ax.set(xlabel="iteration", ylabel="matching loss")
         ax.legend()
-    return fig
+    courses = [f"{label} from {curve[0]:.3g} to {np.median(curve[-smooth:]):.3g}" for label, curve in curves.items() if len(curve)]
+    scale = " on a logarithmic axis" if axes[0, 0].get_yscale() == "log" else ""
+    caption = f"Matching loss over the iterations of distillation{scale}; a running median over {smooth} iterations, pale the losses themselves."
+    return fig.describe(caption, f"{caption} {'; '.join(courses)}.")
 
 # %% ../../nbs/report/05_curves.ipynb #8417dc28
 def progress_curves(rows: pd.DataFrame) -> plt.Figure:
@@ -69,7 +73,9 @@ def progress_curves(rows: pd.DataFrame) -> plt.Figure:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.xaxis.set_major_formatter("{x:,.0f}")
         fig.legend(loc="outside right upper")
-    return fig
+    last = {name: means[means.row == name]["mean"].iloc[-1] for name in names}
+    caption = "Test accuracy of the set after so many iterations of distillation; bands are ± one standard deviation over networks."
+    return fig.describe(caption, f"{caption} At the end: {listing(last, ' %')}.")
 
 # %% ../../nbs/report/05_curves.ipynb #66b2b8f8
 def stability(
@@ -152,7 +158,8 @@ def sweeps(
         axes[0, 0].set_ylabel("accuracy (%)")
         entries = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
         if len(entries) > 1: fig.legend(entries.values(), entries, loc="outside lower center", ncols=4)
-    return fig
+    caption = f"Test accuracy against {', '.join(panels)}: mean over networks, bars ± one standard deviation."
+    return fig.describe(caption)
 
 def sweep_plot(rows: pd.DataFrame, x: str, title: str, reference: float = None, log: bool = False) -> plt.Figure:
     "Accuracy against the column `x`, one hyper-parameter (DSDM Fig. 5 and 6); `reference` is the published default"
@@ -184,7 +191,10 @@ def table_bars(
         ax.set_ylabel("accuracy (%)")
         ax.set_ylim(0)
         fig.legend(loc="outside right upper")
-    return fig
+    most = summary.reset_index()
+    most = most[most.modality == groups[-1]].set_index("row")["mean"].to_dict()
+    caption = f"Test accuracy of every row in {', '.join(groups)}; bars are ± one standard deviation over all networks."
+    return fig.describe(caption, f"{caption} {groups[-1]}: {listing(most, ' %')}.")
 
 # %% ../../nbs/report/05_curves.ipynb #50a7f891
 VERDICTS = {"holds": PALETTE[2], "fails": PALETTE[3], "undecided": "0.5"}
@@ -213,4 +223,6 @@ def difference_plot(
         unit = f"{comparisons.modality.iloc[0]} {of}" if "modality" in comparisons and not several else of
         interval = ", 95 % interval" if np.isfinite(comparisons.low).any() else ""
         ax.set_xlabel(f"difference in {unit} (percentage points{interval})")
-    return fig
+    told = [f"{name} {r.difference:+.1f}, {r.verdict}" for name, r in zip(names, comparisons.itertuples())]
+    caption = f"Paired differences in {unit}{interval}; right of the line the first of the two is better."
+    return fig.describe(caption, f"{caption} {'; '.join(told)}.")

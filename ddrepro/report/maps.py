@@ -23,6 +23,7 @@ from ..distill.distilled import DistilledData
 from ..distill.losses import prototype_loss
 from ..distill.moments import features
 from ..nets.networks import same_width
+from .figures import listing
 from .plots import PALETTE, colours, new_figure, only_modality, some_classes
 from .tables import check_frame
 
@@ -144,7 +145,8 @@ def feature_map(
                 for c in labels for m in modalities]
         stars = [legend_entry(f"synthetic {m}", MARKERS.get(m, "s"), "white", "black") for m in modalities]
         fig.legend(handles=dots + stars, loc="outside lower center", ncols=4)
-    return fig
+    names = ", ".join(real.classes[c] for c in labels)
+    return fig.describe(f"Real features (dots) of {names} and synthetic ones (stars: sound, triangles: image) in one t-SNE; a panel a method.")
 
 # %% ../../nbs/report/07_maps.ipynb #c2587c07
 REAL, DISTILLED = PALETTE[2], "#d00000"
@@ -194,7 +196,7 @@ def class_map(
             ax.set(title=f"{name}, class {real.classes[label]}", xticks=[], yticks=[])
             ax.spines[:].set_visible(True)
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return fig
+    return fig.describe(f"Real samples (dots) and distilled ones (stars) of the class {real.classes[label]} in one t-SNE; a panel a method.")
 
 # %% ../../nbs/report/07_maps.ipynb #8384a5d1
 def networks_of(
@@ -249,7 +251,7 @@ def pool_map(
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
         fig.legend(loc="outside right upper", title="pale: real" if (points.set == "real").any() else None)
-    return fig
+    return fig.describe(f"One class of one distilled set under {len(groups)} networks of the pool, in one t-SNE; pale dots are real samples.")
 
 # %% ../../nbs/report/07_maps.ipynb #08c371df
 def pool_losses(
@@ -282,4 +284,5 @@ def pool_loss_bars(
         ax.tick_params(axis="x", length=0)
         ax.set(xlabel="network of the pool", ylabel="prototype loss")
         if len(losses) > 1 and smallest > 0: ax.set_title(f"largest / smallest: {largest / smallest:.2f}")
-    return fig
+    caption = f"Prototype loss of the same set under each of {len(losses)} networks of the pool."
+    return fig.describe(caption, f"{caption} {listing(dict(zip(losses.network, losses.loss)))}.")

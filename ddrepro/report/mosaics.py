@@ -93,7 +93,8 @@ def image_grids(
         if first.unit:
             bar = fig.colorbar(drawn, ax=axes[0].tolist(), fraction=.05, aspect=30, label=first.unit)
             bar.outline.set_visible(False)
-    return fig
+    caption = f"All stored canvases of every class, {' beside '.join(grids)}: a row a class."
+    return fig.describe(caption, f"{caption} Classes: {', '.join(first.classes)}.")
 
 # %% ../../nbs/report/06_mosaics.ipynb #8adc6d7d
 def sentence_facts(

@@ -25,6 +25,7 @@ from ..data.formation import decode
 from ..data.real import PARTS, Normalisation, RealData
 from ..data.signals import LogSpectrogram, to_wave
 from ..distill.distilled import DistilledData
+from .figures import DescribedFigure
 
 # %% ../../nbs/report/02_plots.ipynb #cell-004
 HTML = need("IPython.display", "notebooks", "to show sounds and tables").HTML
@@ -44,7 +45,7 @@ def set_style():
 def new_figure(rows: int = 1, columns: int = 1, **options):
     "A figure in our style and its axes (rows, columns); closed on leaving, so that it is shown once"
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+        fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", FigureClass=DescribedFigure, **options)
         try: yield fig, axes
         finally: plt.close(fig)
 
@@ -140,7 +141,9 @@ def sample_grid(
         scale = colour_scale(samples, unit)
         rows += [GridRow(m, line, unit, scale) for line in zip(*samples)]
     shown = "" if len(chosen) == len(real.classes) else f"{len(chosen)} of {len(real.classes)} classes"
-    return draw_grid(rows, [real.classes[c] for c in chosen], shown)
+    names = [real.classes[c] for c in chosen]
+    caption = f"Real {part} samples of {real.name}: a column a class, {' and '.join(data.inputs)}."
+    return draw_grid(rows, names, shown).describe(caption, f"{caption} Classes: {', '.join(names)}.")
 
 # %% ../../nbs/report/02_plots.ipynb #cell-019
 def stored_samples(distilled: DistilledData, modality: str, label: int, samples: int) -> torch.Tensor:
@@ -160,7 +163,9 @@ def distilled_grid(
     unit = unit_of(distilled.signals, modality)
     scale = colour_scale(canvases, unit)
     rows = [GridRow("", line, unit, scale) for line in zip(*canvases)]
-    return draw_grid(rows, [distilled.classes[c] for c in chosen], title)
+    names = [distilled.classes[c] for c in chosen]
+    caption = f"Distilled {modality}: a column a class, a row a stored sample."
+    return draw_grid(rows, names, title).describe(caption, f"{caption} Classes: {', '.join(names)}.")
 
 def before_after(
     start: DistilledData, end: DistilledData, modality: str,
@@ -174,7 +179,9 @@ def before_after(
     unit = unit_of(end.signals, modality)
     scale = colour_scale(canvases["start"] + canvases["distilled"], unit)
     rows = [GridRow(name, line, unit, scale) for name, of_class in canvases.items() for line in zip(*of_class)]
-    return draw_grid(rows, [end.classes[c] for c in chosen])
+    names = [end.classes[c] for c in chosen]
+    caption = f"{modality.capitalize()} before distillation (start) and after it (distilled), a column a class, on one colour scale."
+    return draw_grid(rows, names).describe(caption, f"{caption} Classes: {', '.join(names)}.")
 
 # %% ../../nbs/report/02_plots.ipynb #cell-024
 class Sound(NamedTuple):

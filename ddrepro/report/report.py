@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['nbformat', 'nbconvert', 'mistune', 'math_core', 'bs4', 'jinja2', 'markupsafe', 'pygments_html', 'CONVERTER',
-           'PROGRESS', 'SUMMARIES', 'ACTIVE', 'LOADING', 'FETCHING_STYLE', 'NUMBER', 'mathml', 'tex2mathml',
-           'MathRenderer', 'ReportExporter', 'without_progress', 'shown_output', 'shown_cell', 'disarm',
-           'list_contents', 'align_table', 'describe_images', 'code_colours', 'as_text', 'write_page', 'finished_at',
-           'take_head', 'render_report', 'output_text', 'tagged_output', 'absent_lines', 'HeadReader', 'read_about',
-           'report_index']
+           'PROGRESS', 'MACHINERY', 'SUMMARIES', 'SITE', 'mathml', 'tex2mathml', 'MathRenderer', 'ReportExporter',
+           'without_progress', 'shown_output', 'shown_cell', 'code_colours', 'as_text', 'write_page', 'finished_at',
+           'take_head', 'Download', 'download', 'runnable', 'new_cell', 'notebook_title', 'given_parameters',
+           'render_report', 'ways_from', 'paper_page', 'output_text', 'tagged_output', 'absent_lines']
 
 # %% ../../nbs/report/08_report.ipynb #cell-003
+import base64
 import html
 import json
 import os
 import re
 import tempfile
 from datetime import datetime, timezone
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import __version__
 from ..core.share import need, share_path, writing
+from .markup import align_table, describe_images, disarm, fold_provenance, list_contents
 
 # %% ../../nbs/report/08_report.ipynb #cell-005
 nbformat = need("nbformat", "notebooks", "to render reports")
@@ -84,6 +85,7 @@ class ReportExporter(nbconvert.HTMLExporter):
 
 # %% ../../nbs/report/08_report.ipynb #cell-014
 PROGRESS = re.compile(r"\d+%\|.*\||\d[\d.]*\s?(it/s|s/it)|TqdmWarning: IProgress|import tqdm as notebook_tqdm")
+MACHINERY = re.compile(r"(real means|real features|pool|experts)\b.* = [\d.,]+ (KiB|MiB|GiB)")   # sizes of what is kept
 SUMMARIES = {"parameters": "parameters and their defaults", "injected-parameters": "parameters given"}
 
 
@@ -92,7 +94,7 @@ def without_progress(
 ) -> str:
     "The text as a terminal ends up showing it, without progress bars"
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
-    return "\n".join(line for line in lines if not PROGRESS.search(line))
+    return "\n".join(line for line in lines if not PROGRESS.search(line) and not MACHINERY.match(line))
 
 
 def shown_output(
@@ -100,6 +102,7 @@ def shown_output(
 ) -> bool:
     "Whether a report shows an output"
     if output.output_type == "stream":
+        if output.get("name") == "stderr": return False
         output.text = without_progress(output.text)
         return bool(output.text.strip())
     return not any("widget" in kind for kind in output.get("data", {}))
@@ -120,80 +123,6 @@ def shown_cell(
     label = next((SUMMARIES[tag] for tag in SUMMARIES if tag in tags), "code")
     cell.metadata["summary"] = directives.get("code-summary", "").strip("\"'") or label
     return bool(cell.source.strip() or cell.outputs)
-
-# %% ../../nbs/report/08_report.ipynb #cell-018
-ACTIVE = ["script", "link", "meta", "base", "iframe", "object", "embed", "form"]
-LOADING = {"src", "srcset", "poster", "data", "background"}      # attributes, beside every …href but a link's
-FETCHING_STYLE = re.compile(r"@import|url\(\s*['\"]?(?!data:)")
-
-
-def disarm(
-    soup,  # a BeautifulSoup, changed in place
-):
-    "Remove what would run code or reach for the network"
-    for tag in soup.find_all(ACTIVE): tag.decompose()
-    for style in soup.find_all("style"):
-        if style.has_attr("scoped") or FETCHING_STYLE.search(style.get_text()): style.decompose()
-    for tag in soup.find_all(True):
-        for name, value in list(tag.attrs.items()):
-            loads = name in LOADING or name.endswith("href") and tag.name != "a"
-            outside = loads and not str(value).startswith(("data:", "#"))
-            runs = name.startswith("on") or re.match(r"\s*(javascript|vbscript):", str(value), re.I)
-            if outside or runs or name == "style" and "url(" in value: del tag[name]
-    for image in soup.find_all("img", src=False):
-        note = soup.new_tag("span", attrs={"class": "absent"})
-        note.string = f"[picture: {image.get('alt') or 'not embedded'}]"
-        image.replace_with(note)
-
-# %% ../../nbs/report/08_report.ipynb #cell-021
-def list_contents(
-    soup,  # a BeautifulSoup; its headings get the ids that the list refers to
-) -> list[dict]:
-    "The sections of a page: level, id and text of each"
-    entries = []
-    used = {"content"}
-    for heading in soup.find_all(["h2", "h3"]):
-        text = heading.get_text(" ", strip=True)
-        stem = name = re.sub(r"\W+", "-", text.lower()).strip("-") or "section"
-        while name in used: name = f"{stem}-{sum(u.startswith(stem) for u in used) + 1}"
-        used.add(name)
-        heading["id"] = name
-        entries.append({"level": heading.name, "id": name, "text": text})
-    return entries
-
-# %% ../../nbs/report/08_report.ipynb #cell-024
-NUMBER = re.compile(r"[-+−±~<>=≤≥]?\s*[\d.,]+\s*(%|ms|s|min|h|MB|GB|kB|x|×)?(\s*[±(\[–/].*)?|[-–—]|nan|NaN|inf|")
-
-
-def align_table(
-    table,  # a table tag, changed in place
-):
-    "Mark the numeric columns of a table, and let it scroll where it is too wide"
-    del table["border"], table["style"]
-    rows = [row.find_all(["td", "th"], recursive=False) for row in table.find_all("tr")]
-    width = max(map(len, rows), default=0)
-    body = [row for row in rows if len(row) == width and any(cell.name == "td" for cell in row)]
-    for column in range(width):
-        cells = [row[column] for row in body]
-        texts = [cell.get_text().strip() for cell in cells]
-        numeric = any(texts) and all(NUMBER.fullmatch(text) for text in texts)
-        if not numeric or any(cell.find("audio") for cell in cells): continue
-        for row in rows:
-            if len(row) == width: row[column]["class"] = [*row[column].get("class", []), "num"]
-    for cell in table.find_all(style=re.compile("text-align")):
-        cell["style"] = re.sub(r"text-align:\s*\w+;?", "", cell["style"])
-    for row in table.find_all("tr", style=re.compile(r"^\s*$|text-align")): del row["style"]
-    table.wrap(bs4.BeautifulSoup("", "html.parser").new_tag("div", attrs={"class": "table"}))
-
-
-def describe_images(
-    soup,  # a BeautifulSoup, changed in place
-):
-    "Give pictures without a description the section they stand in"
-    for image in soup.find_all("img"):
-        if image.get("alt") and not image["alt"].startswith("No description"): continue
-        section = image.find_previous(["h1", "h2", "h3"])
-        image["alt"] = f"Figure in “{section.get_text(' ', strip=True)}”" if section else "Figure"
 
 # %% ../../nbs/report/08_report.ipynb #cell-027
 def code_colours(
@@ -257,6 +186,61 @@ def take_head(
     lead = behind.extract().get_text(" ", strip=True) if behind is not None and behind.name == "blockquote" else ""
     return heading.extract().get_text(" ", strip=True), lead
 
+# %% ../../nbs/report/08_report.ipynb #1c3119e5
+class Download(NamedTuple):
+    "A file inside a report"
+    name: str
+    text: str     # of the link
+    link: str     # with all that it holds
+
+
+def download(
+    name: str,  # of the file
+    text: str,  # of the link
+    content: str,  # of the file
+    kind: str = "text/csv",  # its type
+) -> Download:
+    "A file that a report carries"
+    size = len(content.encode())
+    shown = f"{text}, {size / 1000:,.0f} kB" if size >= 1000 else f"{text}, {size} bytes"
+    return Download(name, shown, f"data:{kind};base64,{base64.b64encode(content.encode()).decode()}")
+
+
+def runnable(
+    nb,  # an executed notebook
+) -> str:
+    "The notebook as JSON, without outputs, times and places of the run"
+    cells = [new_cell(cell) for cell in nb.cells]
+    return nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}))
+
+
+def new_cell(
+    cell,  # of a notebook
+):
+    "A cell with its source and tags alone"
+    metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    make = {"code": nbformat.v4.new_code_cell, "raw": nbformat.v4.new_raw_cell}.get(cell.cell_type, nbformat.v4.new_markdown_cell)
+    return make(cell.source, metadata=metadata)
+
+# %% ../../nbs/report/08_report.ipynb #180adab7
+def notebook_title(
+    nb,  # a notebook
+) -> str:
+    "Its first heading, or an empty string"
+    texts = (cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    found = next((found for text in texts if (found := re.search(r"^# (.+)$", text, re.M))), None)
+    return found[1].strip() if found else ""
+
+
+def given_parameters(
+    nb,  # an executed notebook
+) -> dict:
+    "The parameters that papermill gave it, with those that it declares"
+    from ddrepro.report.parameters import parse_parameters
+    sources = [cell.source for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    declared = parse_parameters(sources[0]) if sources else {}
+    return {name: p.default for name, p in declared.items()} | dict(nb.metadata.get("papermill", {}).get("parameters", {}))
+
 # %% ../../nbs/report/08_report.ipynb #cell-030
 def render_report(
     executed_notebook: str | Path,  # an .ipynb with its outputs
@@ -264,27 +248,56 @@ def render_report(
     title: str | None = None,  # None: the notebook's own heading
     provenance: dict | None = None,  # for the box under the title: spec hash, versions, device, seeds, wall time, …
     headline: str = "",  # the main result in a line, for the index of reports
+    face=None,  # what stands on the first screen, as `face.face_of` makes it
+    rows: str = "",  # of the report, as CSV, to be downloaded
 ) -> Path:
     "Write an executed notebook as one self-contained HTML page and return its path"
     source = Path(executed_notebook)
-    nb = nbformat.read(source, as_version=4)
+    nb, out_html = nbformat.read(source, as_version=4), Path(out_html)
+    name = out_html.stem
+    downloads = [download(f"{name}.ipynb", "notebook", runnable(nb), "application/x-ipynb+json")]
+    if rows: downloads.insert(0, download(f"{name}.csv", f"{rows.strip().count(chr(10)):,} rows as CSV", rows.strip() + "\n"))
     nb.cells = [cell for cell in nb.cells if shown_cell(cell)]
     exporter = ReportExporter(template_name="report", template_file="report.html.j2",
                               extra_template_basedirs=[str(share_path("data"))])
     body, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": source.stem, "path": str(source.parent)}})
     soup = bs4.BeautifulSoup(body, "html.parser")
     disarm(soup)
+    fold_provenance(soup)
     heading, lead = take_head(soup)
     contents = list_contents(soup)
     for table in soup.find_all("table"): align_table(table)
     describe_images(soup)
-    title = title or heading or source.stem
+    title = title or (face.title if face else "") or heading or source.stem
     about = {"title": title, "date": finished_at(nb), "headline": headline}
+    if face: about["summary"] = json.dumps(face.summary, ensure_ascii=False, separators=(",", ":"))
     facts = {name: as_text(value) for name, value in (provenance or {}).items()}
     footer = (f"Made by ddrepro {__version__} from {source.name}, {about['date']}. "
               "The page is complete: it loads nothing, runs no script.")
-    return write_page(Path(out_html), lang=nb.metadata.get("lang", "en"), title=title, lead=lead, contents=contents,
+    if soup.find("details", class_="provenance"): facts = {}                     # it says the same
+    ways = ways_from(face.summary.get("paper", "") if face else "") | (face.links if face else {})
+    return write_page(out_html, lang=nb.metadata.get("lang", "en"), title=title, lead=lead, contents=contents, face=face,
+                      figure=markupsafe.Markup(face.figure if face else ""), downloads=downloads, ways=ways, code=True,
                       body=markupsafe.Markup(soup), provenance=facts, about=about, footer=footer)
+
+# %% ../../nbs/report/08_report.ipynb #bb7ffc36
+SITE = "https://ddrepro.github.io/ddrepro"   # the documentation
+
+
+def ways_from(
+    paper: str,  # its name, or empty
+) -> dict:  # text → link
+    "Where a report leads: the index beside it, the paper's page, the documentation"
+    ways = {"All reports": "index.html"}
+    if paper: ways["All of this paper"] = paper_page(paper)
+    return ways | {"Documentation": SITE}
+
+
+def paper_page(
+    paper: str,  # its name
+) -> str:
+    "The file name of a paper's page, beside the index"
+    return f"paper-{paper}.html"
 
 # %% ../../nbs/report/08_report.ipynb #cell-038
 def output_text(
@@ -316,39 +329,3 @@ def absent_lines(
     pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
     notes = [note for page in pages for note in bs4.BeautifulSoup(page, "html.parser").select("th .absent")]
     return list(dict.fromkeys(f"{note.parent.find(string=True).strip()}: {note.get_text().strip()}" for note in notes))
-
-# %% ../../nbs/report/08_report.ipynb #cell-044
-class HeadReader(HTMLParser):
-    "Collects the ddrepro entries in a page's head"
-
-    def __init__(self, page):
-        super().__init__()
-        self.about = {}
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        fields = dict(attrs)
-        name = fields.get("name") or ""
-        if tag != "meta" or not name.startswith("ddrepro:"): return
-        self.about[name.removeprefix("ddrepro:")] = fields.get("content", "")
-
-
-def read_about(
-    path: Path,  # an HTML file
-) -> dict:
-    "Title, date and headline of a report; empty for a page that is none"
-    with open(path, encoding="utf-8", errors="replace") as file: return HeadReader(file.read(8000)).about
-
-
-def report_index(
-    folder: str | Path,  # where reports lie
-) -> Path:
-    "Write index.html: every report of a folder with its date and headline, the newest first"
-    folder = Path(folder)
-    if not folder.is_dir(): raise NotADirectoryError(f"folder must hold reports; {folder} is not a folder")
-    pages = {page: read_about(page) for page in sorted(folder.glob("*.html")) if page.name != "index.html"}
-    reports = [about | {"file": page.name} for page, about in pages.items() if "title" in about]
-    reports.sort(key=lambda about: about.get("date", ""), reverse=True)
-    return write_page(folder / "index.html", template="index.html.j2", lang="en", title="Reports", about={},
-                      lead="Papers on dataset distillation, implemented and checked.", reports=reports,
-                      footer=f"Made by ddrepro {__version__}.")

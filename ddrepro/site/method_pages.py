@@ -22,9 +22,9 @@ import seaborn as sns
 from ..core.share import project_root
 from ..methods import hyperparameters, list_methods, method_class, source_of
 from ..papers import published
-from ..papers.citations import citation_of
 from ..papers.deviations import ID, all_deviations
 from ..report.plots import new_figure
+from ..report.references import references
 
 # %% ../../nbs/site/03_method_pages.ipynb #490f1c3a
 class Chapter(NamedTuple):
@@ -167,7 +167,7 @@ def markdown_table(frame: pd.DataFrame, heads: dict = {}) -> str:
 
 def paper_sentence(name: str) -> str:
     "Authors, title, venue and code of a method"
-    cited = citation_of(name)
+    cited = references().get(name)
     if cited is None: return "No paper: a baseline."
     code = f" Their code: [{cited.code}](https://github.com/{cited.code})." if cited.code else ""
     return f"{cited.authors}, [{cited.title}]({cited.link}), {cited.venue} {cited.year}.{code}"
@@ -252,7 +252,7 @@ def methods_index(names: list) -> str:
     about = list_methods().set_index("name")
     lines = []
     for name in names:
-        cited = citation_of(name)
+        cited = references().get(name)
         lines.append({"method": f"[{title_of(name)}]({name}.md)", "name": f"`{name}`",
                       "paper": f"[{cited.authors}, {cited.venue} {cited.year}]({cited.link})" if cited else "baseline",
                       "matches": about.about[name], "data": about.task[name]})

@@ -172,6 +172,7 @@ def raw_files(name: str, root=None) -> list[Path]:
 
 def has_files(name: str, root=None) -> bool:
     "Whether the set's own files are in the folder of downloads"
+    if name in TORCHVISION and not (downloads(root) / TORCHVISION[name]).is_dir(): return False     # torchvision takes seconds to import
     if name in TORCHVISION: paths = raw_files(name, root)
     else: paths = [downloads(root) / file for file in ARCHIVES[name]]
     return all(path.is_file() for path in paths)
