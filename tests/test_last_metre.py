@@ -330,7 +330,7 @@ SLIPS = {
     "run avdd -p ipc": "-p takes a name and a value, got 'ipc' alone",
     "run avdd -p ipc=": "-p ipc gives no value",
     "run avdd -p ipc 3.5": "got 3.5, which is float",
-    "run avdd -p ipc three": "must be int",
+    "run avdd -p ipc three": "must be list[int]",
     "run avdd -p icp 3": "the nearest is 'ipc'",
     "run avdd --name a/b": "without folders, got 'a/b'",
     "run avdd --name ..": "without folders, got '..'",

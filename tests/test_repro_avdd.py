@@ -73,9 +73,30 @@ def test_rows_of_the_papers_table_that_the_default_leaves_out(tmp_path):
     assert "AVDD" not in done.stdout
 
 
+def test_tables_at_several_ipc(tmp_path):
+    "Fusions at two IPC, retrieval at the larger one, each statement with a verdict; no row that was not asked for"
+    import pandas as pd
+    words = "-p profile test -p ipc 2 1 -p table 2 5 -p pictures false"
+    done = run_command([*DDREPRO, "run", "avdd", *words.split()], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    name = next((tmp_path / "reports").glob("avdd_digits_av_table2-5_ipc2-1_test_*.csv")).stem
+    rows = pd.read_csv(tmp_path / f"reports/{name}.csv")
+    classes, of_class = rows[rows["place"].isna()], rows[rows["place"] == "Table 5"]
+    assert set(classes.row) == {f"DM, {fusion}" for fusion in ("concat", "sum", "attention", "ensemble")} and set(classes.ipc) == {1, 2}
+    assert classes[classes.ipc == 1].run.nunique() == 1                      # all fusions are scored on one distilled set
+    assert set(of_class.row) == {"Random", "DM", "AVDD", "Control (plain, rate × 21)", "Whole data"} and set(of_class.ipc) == {0, 2}
+    assert set(of_class[of_class.row == "AVDD"].modality) == {f"{way} {what}" for way in ("A->V", "V->A") for what in ("R@1", "R@5", "MedR")}
+    page = (tmp_path / f"reports/{name}.html").read_text()
+    for words in ("Table 2 of the paper", "Table 5 of the paper", "the ensemble is the best of the fusions", "sound → picture",
+                  "Table 5 is at IPC 2; the paper’s is at IPC 20".replace("’", "&#x27;")):
+        assert words in page or words.replace("&#x27;", "'") in page, words
+    assert "retrieval by class" in done.stdout and "IPC 1" in done.stdout
+
+
 @pytest.mark.parametrize("wrong, words", [
     (["-p", "icp", "3"], "'ipc'"), (["-p", "ipc", "ten"], "ipc"), (["-p", "ipc", "0"], "ipc must be at least 1, got 0"),
-    (["-p", "dataset", "digits_aw"], "'digits_av'"), (["-p", "ipc", "28"], "ipc can be at most 27")])
+    (["-p", "dataset", "digits_aw"], "'digits_av'"), (["-p", "ipc", "28"], "ipc can be at most 27"),
+    (["-p", "ipc", "1,28"], "ipc can be at most 27"), (["-p", "table", "6"], "table must be one of")])
 def test_bare_papermill_refuses(tmp_path, wrong, words):
     done = papermill(NOTEBOOK, tmp_path, "-p", "profile", "test", *wrong)
     assert done.returncode != 0 and words in done.stderr
@@ -83,7 +104,7 @@ def test_bare_papermill_refuses(tmp_path, wrong, words):
 
 
 def test_command_refuses_before_a_kernel_starts(tmp_path):
-    for wrong, words in ((["-p", "icp", "3"], "'ipc'"), (["-p", "ipc", "ten"], "must be int")):
+    for wrong, words in ((["-p", "icp", "3"], "'ipc'"), (["-p", "ipc", "ten"], "must be list[int]")):
         done = run_command([*DDREPRO, "run", "avdd", *wrong], tmp_path)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

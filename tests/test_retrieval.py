@@ -1,5 +1,6 @@
 """Retrieval scores: published rules, ties, order and tiling, and memory, beyond what the chapter shows."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from ddrepro.core.seeding import keyed, keyed_normal
+from ddrepro.data.registry import load_data
+from ddrepro.distill.loop import distill
+from ddrepro.evaluate.av_retrieval import (
+    AV_MEASURES,
+    av_retrieval_job,
+    av_scores,
+    check_av,
+    score_av_retrieval,
+    shared_features,
+)
 from ddrepro.evaluate.retrieval import (
     class_retrieval,
     few_per_class,
@@ -15,7 +26,11 @@ from ddrepro.evaluate.retrieval import (
     sorted_scores,
 )
 from ddrepro.evaluate.retrieval_speed import measure_retrieval
+from ddrepro.evaluate.tasks import evaluate
+from ddrepro.methods import get_method
 from ddrepro.nets.contrastive import SCALE, STUDENT_SCALE, arcface_logits, contrastive_loss
+from ddrepro.nets.networks import NetSpec
+from ddrepro.nets.shared_classifier import margin_loss, margin_recipe, shared_net, train_shared, with_margin
 
 OWNER = np.arange(20).repeat(5)
 # itm_eval and the two losses of princetonvisualai/multimodal_dataset_distillation (c696fd6),
@@ -116,6 +131,59 @@ def test_arcface_by_hand():
     assert logits[0].tolist() == pytest.approx([-10 * math.sin(.2), 10.], abs=1e-4)          # cos(90° + 0.2)
     behind = arcface_logits(torch.tensor([[-1., 0.]]), weight, torch.tensor([0]))
     assert behind[0, 0].item() == pytest.approx(30 * (-1 - .5 * math.sin(.5)), abs=1e-3)
+
+
+def test_margin_loss_is_arcface_of_both_senses():
+    "By hand: a sound at 60° to its class and 30° to the other, a picture right on its class's direction"
+    features = {"audio": torch.tensor([[.5, math.sqrt(.75)]]), "image": torch.tensor([[3., 0.]])}
+    recipe = with_margin(margin_recipe("avdd_retrieval"), margin=.3, scale=4.)
+    sound = math.log(1 + math.exp(4 * (math.cos(math.pi / 6) - math.cos(math.pi / 3 + .3))))
+    picture = math.log(1 + math.exp(-4 * math.cos(.3)))
+    loss = margin_loss(features, torch.eye(2), torch.tensor([0]), recipe)
+    assert loss.item() == pytest.approx(sound + picture, abs=5e-3)         # at 0° the cosine is kept off 1
+
+
+def test_one_step_of_a_shared_classifier():
+    "The weights move by Adam's first step, the sign of their gradient times the rate of a head; the branches by their own rates"
+    shapes = {"audio": (1, 16, 16), "image": (1, 16, 16)}
+    specs = {m: NetSpec(depth=2, width=4) for m in shapes}
+    inputs = {m: keyed_normal((6, *s), 0, "test/shared", m) for m, s in shapes.items()}
+    labels, recipe = torch.arange(6) % 3, with_margin(margin_recipe("avdd_retrieval"), augment=False, weight_decay=0.)
+    net, before = shared_net(specs, shapes, 3, 0, "test"), shared_net(specs, shapes, 3, 0, "test")
+    gradients = torch.autograd.grad(margin_loss(before(inputs), before.weight, labels, recipe), before.parameters())
+    assert train_shared(net, inputs, labels, recipe, "", 0, epochs=1) == 1
+    for (name, p), q, g in zip(net.named_parameters(), before.parameters(), gradients):
+        rate = recipe.rates["image" if "image" in name else "audio" if "audio" in name else "head"]
+        clear = g.abs() > 1e-6
+        assert torch.allclose((p - q)[clear], -rate * g.sign()[clear], rtol=1e-2, atol=1e-7), name
+
+
+def test_class_retrieval_of_sounds_and_pictures_learns():
+    "Real pairs of a class find one another once a network has learned them, and not before; the door gives the same rows"
+    real = load_data("digits_av")
+    pairs = distill(get_method("random", "digits_av", 4, width=16), real, 0, progress=False)
+    recipe = with_margin(margin_recipe("avdd_retrieval"), rates={}, rate=1e-2, drops=(), augment=False, batch=20)
+    job = av_retrieval_job(pairs, real, recipe, "validation", 16, epochs=30)
+    net = shared_net(job["specs"], real.shapes, 10, 0, "test")
+    known = lambda: av_scores(shared_features(net, job["inputs"]), job["labels"])
+    before = known()
+    train_shared(net, job["inputs"], job["labels"], recipe, "", 0, epochs=30)
+    after = known()
+    for way in ("A->V", "V->A"):
+        assert before[f"{way} R@1"] < 35 and after[f"{way} R@1"] > 70 and after[f"{way} MedR"] == 1 < before[f"{way} MedR"]
+    brief = score_av_retrieval(job | dict(seeds=[(0, 0)], epochs=1))
+    again = evaluate(pairs, real, recipe, 1, "validation", 16, epochs=1, task="av_retrieval")
+    assert again.accuracy.tolist() == [r["accuracy"] for r in brief] and again.modality.tolist() == list(AV_MEASURES)
+
+
+def test_five_of_every_class_or_a_reason():
+    real = load_data("digits_av")
+    short = real.test.select(np.flatnonzero((real.test.labels.numpy() != 3) | (np.arange(len(real.test)) < 30)))
+    kept = int((short.labels == 3).sum())
+    with pytest.raises(ValueError, match=f"test part of digits_av has {kept} of class"): check_av(replace(real, test=short), "test")
+    perfect = {m: torch.eye(4).repeat_interleave(5, 0) for m in ("audio", "image")}
+    found = av_scores(perfect, torch.arange(4).repeat_interleave(5))
+    assert found == {m: 1. if m.endswith("MedR") else 100. for m in AV_MEASURES}
 
 
 def test_nearest_sentences_in_blocks():

@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'ONE_NETWORK', 'COMPUTE_NAMES', 'Experiment', 'settled', '
            'as_asked', 'asked_for', 'snapshot_path', 'with_snapshots', 'snapshot_keeper', 'distillation_run',
            'make_run', 'write_run', 'seconds_before', 'device_of', 'finished_run', 'kept_run', 'set_of', 'each_once',
            'rows_path', 'all_rows', 'stored_rows', 'add_rows', 'recipe_name', 'row_facts', 'job_of', 'distilled_all',
-           'run_each', 'missing_networks', 'run_all', 'labelled']
+           'run_each', 'score_all', 'missing_networks', 'run_all', 'labelled']
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-003
 import io
@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -55,7 +56,7 @@ class Experiment:
     dual: DualSpec = None            # for pairs, encoders of evaluation; default the method's
     at: int = None                   # score the set as it was after so many iterations; default the last
     label: str = ""                  # how tables name the row; not part of the hash
-    task: str = ""                   # of the data, once settled
+    task: str = ""                   # default the data's; "av_retrieval" for data with sounds and pictures of classes
     targets: object = None           # what networks are trained on: "hard", "soft", a Teacher; default what the set has
 
     def __post_init__(self):
@@ -84,7 +85,7 @@ class Experiment:
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-008
 def settled(e: Experiment, real) -> Experiment:
     "The experiment with all that its method and data decide"
-    task = task_of(real)
+    task = task_of(real, e.task)
     scoring = task.settled(e.scoring, real, origin_of(e.method, real), whole=e.method is None)
     return replace(e, task=task.name, **vars(scoring))
 
@@ -359,12 +360,17 @@ def run_each(
     jobs = [shared[rows_path(run, e)] | {"seeds": [(e.seed, k)]} for e, run, k in missing]
     device = resolve_device(asked_for(compute, "device"))
     bar = Progress("evaluation networks", total=len(missing), shown=progress)
-    for (e, run, _), scores in zip(missing, task_of(real).score_each(jobs, device)):
+    for (e, run, _), scores in zip(missing, score_all(missing, jobs, device)):
         facts = row_facts(e, real, run)
         add_rows(run, e, pd.DataFrame([score | facts for score in scores]))
         bar.update()
     bar.close()
     return [labelled(e, run) if run else None for e, run in zip(experiments, done)]
+
+def score_all(missing: list, jobs: list, device: str):
+    "Rows of the job of every missing network, as they come; those of a task stand together"
+    for name, own in groupby(zip(missing, jobs), key=lambda network: network[0][0].task):
+        yield from TASKS[name].score_each([job for _, job in own], device)
 
 def missing_networks(
     experiments: list,   # settled
@@ -377,7 +383,8 @@ def missing_networks(
         there = set(stored_rows(run, e).eval_seed)
         for k in range(e.eval_seeds):
             if k not in there: missing[rows_path(run, e), k] = e, run, k
-    return list(missing.values())
+    tasks = list(dict.fromkeys(e.task for e, *_ in missing.values()))
+    return sorted(missing.values(), key=lambda network: tasks.index(network[0].task))     # those of a task together
 
 def run_all(experiments: list, real, **settings) -> pd.DataFrame:
     "The rows of all experiments in one table; arguments as `run_each`"
@@ -387,6 +394,8 @@ def run_all(experiments: list, real, **settings) -> pd.DataFrame:
 
 def labelled(e: Experiment, run: Run) -> pd.DataFrame:
     "The experiment's own rows under its table name, and whether other code than today's made them or their distilled set"
-    rows, today = stored_rows(run, e), experiment_digest(e.method, TASKS[e.task])
+    task = TASKS[e.task]
+    rows, today = stored_rows(run, e), experiment_digest(e.method, task)
+    certified = experiment_digest(e.method, TASKS[task.data]) if task.data else today     # certificates name the data's own task
     rows = rows[rows.eval_seed < e.eval_seeds].assign(row=e.name)
-    return rows.assign(stale=(rows.digest != today) | (run.certificate["digest"] != today))
+    return rows.assign(stale=(rows.digest != today) | (run.certificate["digest"] != certified))

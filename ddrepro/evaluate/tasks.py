@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Scoring', 'Origin', 'origin_of', 'origin_from', 'Task', 'refuse_given', 'Classification', 'default_recipe',
-           'Retrieval', 'task_of', 'evaluate', 'as_list', 'evaluation_seeds', 'summarise']
+           'Retrieval', 'ClassRetrieval', 'task_of', 'evaluate', 'as_list', 'evaluation_seeds', 'summarise']
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #668c2efa
 from collections.abc import Iterable
@@ -20,6 +20,13 @@ from ..core.values import scalar, whole_number
 from ..data.pairs import PairData
 from ..data.real import RealData
 from ..distill.teachers import Teacher
+from ddrepro.evaluate.av_retrieval import (
+    AV_MEASURES,
+    av_retrieval_job,
+    check_av,
+    score_av_retrieval,
+    score_av_retrieval_each,
+)
 from ddrepro.evaluate.classification import (
     LETTERS,
     check_targets,
@@ -32,6 +39,7 @@ from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of
 from ..nets.networks import FUSIONS, net_in_words
 from ..nets.pair_training import pair_recipe
+from ..nets.shared_classifier import margin_recipe
 from ..nets.training import get_recipe, recipe_from
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #44075b8c
@@ -74,6 +82,7 @@ class Task:
     name = ""           # as `real.task` and `distilled.task` say it
     measures = ()       # what rows have in their column `modality`, in the order of tables
     code = ()           # functions behind a row, for the digest of its code
+    data = ""           # the task of the data it is for, where that is another
 
     def settled(self, scoring: Scoring, real, origin: Origin, whole: bool = False) -> Scoring:
         "The scoring with nothing left open; `whole` is for all real training data"
@@ -162,11 +171,47 @@ class Retrieval(Task):
 
     def score_each(self, jobs, device): return score_pairs_each(jobs, device)
 
-TASKS = {task.name: task for task in (Classification(), Retrieval())}
+class ClassRetrieval(Task):
+    "Which pictures are of a sound's class and which sounds of a picture's: recalls and median ranks (AVDD's Table 5)"
+    name = "av_retrieval"
+    measures = AV_MEASURES
+    code = (score_av_retrieval, score_av_retrieval_each, av_retrieval_job, RealData)
+    data = Classification.name
 
-def task_of(real) -> Task:
-    "The task of real data, or of a distilled set"
-    return TASKS[choose("task", real.task, TASKS)]
+    def settled(self, scoring, real, origin, whole=False):
+        refuse_given(scoring, self.name, "dual")
+        if scoring.fusion not in (None, "shared"): raise ValueError(f"fusion is not for {self.name}, got {scoring.fusion!r}")
+        if scoring.targets not in (None, "hard"):
+            raise ValueError(f"targets of {self.name} are hard labels, for a margin needs one class a sample; got {scoring.targets!r:.60}")
+        recipe = margin_recipe(scoring.recipe or ("avdd_whole_retrieval" if whole else "avdd_retrieval"))
+        net = scoring.net or origin.net or "convnet"
+        net_in_words(net)
+        check_av(real, scoring.part)
+        return replace(scoring, recipe=recipe, fusion="shared", net=net, width=scoring.width or origin.width or 128)
+
+    def facts(self, scoring):
+        return dict(task=self.name, recipe=asdict(scoring.recipe), part=scoring.part, epochs=scoring.epochs, width=scoring.width,
+                    net=scoring.net)
+
+    def job(self, distilled, real, scoring, store=None):
+        if distilled is not None and distilled.soft and scoring.targets is None:
+            raise ValueError(f"the set has soft labels, and the margin of {self.name} needs one class a sample; targets='hard' trains on "
+                             "its hard labels")
+        return av_retrieval_job(distilled, real, scoring.recipe, scoring.part, scoring.width, scoring.epochs, scoring.net)
+
+    def score_each(self, jobs, device): return score_av_retrieval_each(jobs, device)
+
+TASKS = {task.name: task for task in (Classification(), Retrieval(), ClassRetrieval())}
+
+def task_of(
+    real,              # data, or a distilled set
+    name: str = None   # of another task that these data serve
+) -> Task:
+    "The task of real data or of a distilled set, or the one that is asked for by name"
+    task = TASKS[choose("task", name or real.task, TASKS)]
+    served = task.data or task.name
+    if served == real.task: return task
+    raise ValueError(f"task {task.name!r} is for data of {served}; {getattr(real, 'name', 'this set')} is for {real.task}")
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #4b16fb0a
 def evaluate(
@@ -182,16 +227,17 @@ def evaluate(
     net: str = None, *,         # kind of the evaluation networks, or image encoder: cross-architecture
     dual: DualSpec = None,      # encoders for pairs; default those the set was distilled with
     store=None,                 # folder of caption embeddings and teachers
-    targets=None                # "hard", "soft", or a Teacher that labels the samples; default what the set has
+    targets=None,               # "hard", "soft", or a Teacher that labels the samples; default what the set has
+    task: str = None            # default the data's; "av_retrieval" asks which sounds and pictures are of one class
 ) -> pd.DataFrame:              # one row a network and measure
     "Score a distilled set: tidy rows with every single accuracy or recall"
     if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     if epochs is not None: epochs = whole_number("epochs", epochs, 1)
     if width is not None: width = whole_number("width", width, 1)
     device = resolve_device(device)
-    task = task_of(real)
-    if distilled is not None and distilled.task != task.name:
-        raise ValueError(f"the distilled set teaches {distilled.task}; {real.name} is for {task.name}")
+    task = task_of(real, task)
+    if distilled is not None and distilled.task != real.task:
+        raise ValueError(f"the distilled set teaches {distilled.task}; {real.name} is for {real.task}")
     scoring = Scoring(recipe, part, epochs, width, fusion, net, dual, targets)
     scoring = task.settled(scoring, real, origin_from(distilled), whole=distilled is None)
     seed = distilled.card.get("seed", 0) if distilled is not None else 0

@@ -25,7 +25,7 @@ from ..core.share import choose, place
 from ..data.registry import entry
 from ..evaluate.experiment import Experiment, distillation_run, experiment_digest, run_each, settled
 from ..evaluate.statistics import Claim, compare
-from ..evaluate.tasks import task_of
+from ..evaluate.tasks import TASKS
 from . import published
 
 # %% ../../nbs/papers/plan.ipynb #a1eb3755
@@ -146,6 +146,7 @@ def check_request(self: Paper, params: dict) -> "Plan":
         part = OnData(real, settings, lines, self.cells(params, settings, lines, first))
         for cell in part.cells:
             if cell.experiment.method: cell.experiment.method.check(real)
+            settled(cell.experiment, real)                # refuses what cannot be scored
         plan.parts.append(part)
     return plan
 
@@ -280,7 +281,7 @@ def facts(
         for cell in part.cells:
             e = settled(cell.experiment, part.real)
             settings.add(short_hash(e.distillation(part.real) | e.evaluation()))
-            code.add(experiment_digest(e.method, task_of(part.real)))
+            code.add(experiment_digest(e.method, TASKS[e.task]))
     data = ", ".join(f"{part.real.name} {part.real.fingerprint[:12]}" for part in self.parts)
     seeds = f"{self.settings.seeds} × {self.settings.eval_seeds}"
     facts = dict(paper=self.paper.name, settings=short_hash(sorted(settings)), code=short_hash(sorted(code)), data=data,

@@ -30,10 +30,10 @@ def headline(
     name = next((name for name in papers_own if name in set(table.row)), table.row.iloc[-1])
     main = table[table.row == name]
     main = main[main.ipc == main.ipc.max()].drop_duplicates(["modality", "seed", "eval_seed"])
-    first = main.modality.str.endswith("R@1")
-    if first.any(): main = main[first]
+    of_retrieval = main.modality.str.contains("R@|MedR")
+    main = main[main.modality.str.endswith("R@1")] if of_retrieval.all() else main[~of_retrieval]
     scores = " · ".join(f"{m} {a:.1f}" for m, a in main.groupby("modality", sort=False).accuracy.mean().items())
-    amount = f"{main.ipc.iloc[0]} pairs" if first.any() else f"IPC {main.ipc.iloc[0]}"
+    amount = f"{main.ipc.iloc[0]} pairs" if main.modality.str.match("TR |IR ").any() else f"IPC {main.ipc.iloc[0]}"
     return f"{name}, {main.dataset.iloc[0]}, {amount}: {scores} %"
 
 # %% ../../nbs/report/13_whole.ipynb #a4ce0192

@@ -232,11 +232,11 @@ def write_sources(
     only: list[str] = (),   # pages to write, as "methods/dm"; default all, and all methods
 ) -> list[str]:             # names of the pages
     "All that Sphinx reads"
+    site, paths = site_of(root), chosen_paths(root, list(only))
     shutil.rmtree(source, ignore_errors=True)
     (source / "_static").mkdir(parents=True)
     shutil.copyfile(root / "nbs/styles.css", source / "_static" / CSS)
     (source / "conf.py").write_text(configuration(root), encoding="utf-8")
-    site, paths = site_of(root), chosen_paths(root, list(only))
     figure = landing_figure()
     if figure is not None: figure.savefig(source / "_static/landing.png", dpi=160)
     for name in site.files:
