@@ -13,6 +13,7 @@ from .families import FeatureMatching as FeatureMatching
 from .families import MeanMatching as MeanMatching
 from .families import TrajectoryMatching as TrajectoryMatching
 from .gradient_matching import GradientMatching as GradientMatching
+from .hub import read_back as read_back
 from .loop import distill as distill
 from .method import Context as Context
 from .method import Diverged as Diverged
@@ -20,3 +21,7 @@ from .method import Method as Method
 from .soft_labels import SoftLabels as SoftLabels
 from .teachers import Teacher as Teacher
 from .teachers import taught as taught
+from .use import as_samples as as_samples
+from .zoo import load_distilled as load_distilled
+from .zoo import zoo_recipe as zoo_recipe
+from .zoo import zoo_table as zoo_table

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DSDM_METHODS', 'DSDM_ROWS', 'DSDM_CONTROLS', 'ABLATION', 'ARCHITECTURES', 'SWEPT', 'SHOWN', 'DSDM_CLAIMS',
-           'ABLATION_CLAIMS', 'DSDM_TUNED', 'DSDM_PROFILES', 'DSDM_TABLES', 'DSDM_FIGURES', 'BEST_OF_FOUR', 'COUNTED',
-           'DSDM_PAPER', 'method_of', 'is_known', 'rows_to_ask', 'DSDMSettings', 'DSDMPaper', 'result_cells',
-           'control_cells', 'in_steps', 'cross_cells', 'ablation_cells', 'progress_cells', 'sweep_cells',
-           'trained_pool', 'claims_of_one']
+           'ABLATION_CLAIMS', 'DSDM_TUNED', 'DSDM_PROFILES', 'DSDM_TABLES', 'DSDM_FIGURES', 'OWN_FOLDERS',
+           'BEST_OF_FOUR', 'COUNTED', 'DSDM_PAPER', 'method_of', 'is_known', 'rows_to_ask', 'DSDMSettings', 'DSDMPaper',
+           'check_own_folder', 'own_options', 'result_cells', 'control_cells', 'in_steps', 'cross_cells',
+           'ablation_cells', 'progress_cells', 'sweep_cells', 'trained_pool', 'claims_of_one']
 
 # %% ../../nbs/papers/dsdm.ipynb #b3976cf1
 from dataclasses import dataclass, field, replace
@@ -165,9 +165,25 @@ def check(self: DSDMPaper, params: dict):
                       for m in ("image", "audio"))
     for dataset in params["dataset"]: choose("dataset", dataset, images)
     if params["speech"]: choose("speech", params["speech"], sounds)
+    check_own_folder(self, params)
     params["methods"] = as_in_tables("methods", params["methods"], rows_to_ask())
     for t in params["table"]: choose("table", t, DSDM_TABLES)
     for f in params["figure"]: choose("figure", f, DSDM_FIGURES)
+
+OWN_FOLDERS = ("image_folder", "sound_folder")   # data sets that are read from the parameter `folder`
+
+def check_own_folder(paper: DSDMPaper, params: dict):
+    "Raise ValueError where a folder is needed and not given, or given and not read"
+    folder, asked = params.get("folder", ""), [name for name in paper.data_sets(params) if name in OWN_FOLDERS]
+    if len(asked) > 1: raise ValueError(f"one folder cannot be both {' and '.join(asked)}; run one after the other")
+    if asked and not folder: raise ValueError(f"{asked[0]} needs folder, which holds a folder for each class: -p folder photos")
+    if folder and not asked:
+        raise ValueError(f"folder is for image_folder and sound_folder; got folder={folder!r} and dataset={params['dataset'] or 'none'}. "
+                         f"To use it: -p dataset image_folder -p folder {folder}")
+
+def own_options(name: str, params: dict) -> dict:
+    "Options of a data set that is read from a folder of one's own; none for others"
+    return dict(folder=params["folder"]) if name in OWN_FOLDERS else {}
 
 @patch
 def tables(self: DSDMPaper, params: dict) -> list:
@@ -191,8 +207,9 @@ def data_sets(self: DSDMPaper, params: dict) -> list:
 def load(self: DSDMPaper, params: dict) -> list:
     loaded = []
     for name in self.data_sets(params):
-        cut = params["train_per_class"] and name not in self.sets.values()      # those are small, and whole
-        loaded.append(load_data(name, train_per_class=params["train_per_class"]) if cut else load_data(name))
+        options, cut = own_options(name, params), params["train_per_class"] and name not in self.sets.values()   # those are small, and whole
+        if cut: options["train_per_class"] = params["train_per_class"]
+        loaded.append(load_data(name, **options))
     return loaded
 
 @patch
