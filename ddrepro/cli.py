@@ -34,6 +34,7 @@ from .core.share import check_writable, choose, place, project_root, share_path,
 from .core.terminal import ended_by_signals, exit_status, standard_streams
 from .report.parameters import check_parameters, declared_parameters, parameters_help
 from .report.running import handed_on, run_notebook, this_interpreter
+from .score import add_score_arguments, score_and_print
 
 # %% ../nbs/cli.ipynb #cell-006
 def papers() -> dict:
@@ -167,7 +168,7 @@ def reports_folder() -> Path:
 
 # %% ../nbs/cli.ipynb #cell-021
 DEMO = {"ipc": "3", "iterations": "40", "eval_seeds": "2"}
-COMMAND_NAMES = ("run", "demo", "grid", "data", "methods", "zoo", "doctor", "report", "index", "bench", "completion")
+COMMAND_NAMES = ("run", "demo", "grid", "data", "methods", "score", "zoo", "doctor", "report", "index", "bench", "completion")
 RUN_USAGE = "ddrepro run PAPER [-p NAME VALUE ...] [--reports FOLDER] [--name NAME]"
 GRID_USAGE = "ddrepro grid [status] FILE [--dry-run] [--profile local|slurm] [--jobs N] … [-- WORDS FOR SNAKEMAKE]"
 GRID_OPTIONS = {   # name → type and meaning; how they are when not given, `grid.GridOptions` says
@@ -224,6 +225,7 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
     methods.add_argument("--dataset", help="values for this data set")
     methods.add_argument("--ipc", type=int, default=10, help="values for this IPC (default: 10)")
     methods.add_argument("--json", action="store_true", help="print the table as JSON")
+    add_score_arguments(add("score", "Score released sets under their own and a common recipe: does the stated number hold?"))
     zoo = add("zoo", "List the distilled sets that come with ddrepro, or show one.")
     zoo.add_argument("action", type=one_of("action", ("list", "show")), metavar="{list,show}", help="what to do")
     zoo.add_argument("names", nargs="*", help="of sets to show, such as dsdm/digits/ipc10")
@@ -295,8 +297,8 @@ def report_of(args) -> Path:
     if kind == "notebook":
         if given: raise ValueError(f"--{next(iter(given))} is for rows in a .csv; {args.notebook} is a notebook, which says all itself")
         return render(args.notebook, html)
-    from ddrepro.report.own_rows import rows_report
     from ddrepro.report.index import report_index
+    from ddrepro.report.own_rows import rows_report
     if "against" in given: given["baseline"] = given.pop("against")
     rows_report(args.notebook, html, **given)
     report_index(html.parent)
@@ -319,6 +321,7 @@ def execute(args) -> int:
     if args.command == "grid":
         from ddrepro.grid import grid_and_print
         return grid_and_print(args)
+    if args.command == "score": return score_and_print(args)
     if args.command == "data" and args.action == "check": return min(1, check_data_sets(args.names))
     if args.command == "data":
         from ddrepro.data.registry import list_data

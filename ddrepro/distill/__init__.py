@@ -18,6 +18,7 @@ from .loop import distill as distill
 from .method import Context as Context
 from .method import Diverged as Diverged
 from .method import Method as Method
+from .released_sets import open_released as open_released
 from .soft_labels import SoftLabels as SoftLabels
 from .teachers import Teacher as Teacher
 from .teachers import taught as taught

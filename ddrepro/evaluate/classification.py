@@ -35,7 +35,8 @@ def score(
     recipe: Recipe, strategy: str,
     seeds: list,                              # (distillation seed, evaluation seed) of every network
     epochs: int = None, device: str = "cpu",
-    temperature: float = 1.                   # that probabilities were made at
+    temperature: float = 1.,                  # that probabilities were made at
+    loss: str = "cross_entropy"               # or "squared" distance from labels that are numbers
 ) -> list:                                    # a network: its rows
     "Train networks and score them: modality, accuracy and best on the way in percent, update steps, training samples"
     shapes = {m: tuple(x.shape[1:]) for m, x in inputs.items()}
@@ -51,9 +52,9 @@ def score(
         if epoch + 1 not in marks: return
         for history, net in zip(histories, nets): history.append(accuracies(net, test_inputs, test_labels))
     keys = [(k, "evaluate", s) for s, k in seeds]
-    watched = dict(epochs=epochs, after_epoch=look, temperature=temperature)
+    watched = dict(epochs=epochs, after_epoch=look, temperature=temperature, loss=loss)
     if learned_steps:
-        for net in nets: steps = train_by_steps(net, inputs, labels, recipe, classes, temperature)
+        for net in nets: steps = train_by_steps(net, inputs, labels, recipe, classes, temperature, loss)
         look(passes - 1, None)
     elif len(nets) > 1: steps = train_together(nets, inputs, labels, recipe, strategy, keys, **watched)
     else: steps = train(nets[0], inputs, labels, recipe, strategy, *keys[0], **watched)
@@ -81,7 +82,7 @@ def score_one(job: dict) -> list:
 
 def alike(job: dict, other: dict) -> bool:
     "Whether two jobs differ in their seeds alone: the same tensors, equal settings"
-    settings = ("recipe", "specs", "fusion", "epochs", "strategy", "temperature")
+    settings = ("recipe", "specs", "fusion", "epochs", "strategy", "temperature", "loss")
     held = [k for k in job if k not in ("seeds", "classes", "labels", "test_labels")]
     return all(other[k] is job[k] or k in settings and other[k] == job[k] for k in held)
 
@@ -158,9 +159,9 @@ def evaluation_job(
     distilled = with_targets(distilled, real, targets, store)
     recipe = with_what_was_learned(recipe, distilled.card, fusion, epochs)
     inputs = {m: x.float() for m, x in distilled.decoded()[0].items()}   # networks are float32, sets of proofs float64
-    temperature = dict(temperature=distilled.soft.temperature) if distilled.soft else {}
+    of_labels = dict(temperature=distilled.soft.temperature, loss=distilled.soft.loss) if distilled.soft else {}
     scored = scoring_side(real, part, inputs, recipe, width, fusion, epochs, net)
-    return dict(inputs=inputs, labels=distilled.targets(), **temperature, **scored)
+    return dict(inputs=inputs, labels=distilled.targets(), **of_labels, **scored)
 
 def whole_job(real, recipe, part: str, width: int, fusion: str, epochs: int = None, net: str = "convnet") -> dict:
     "`evaluation_job` for the whole training part"

@@ -69,7 +69,8 @@ def train_by_steps(
     labels: torch.Tensor,      # (N,) classes, or (N, classes) probabilities
     recipe: StepRecipe,        # with the learned rates
     classes: int,
-    temperature: float = 1.    # that probabilities were made at
+    temperature: float = 1.,   # that probabilities were made at
+    loss: str = "cross_entropy"  # or "squared" distance from labels that are numbers
 ) -> int:                      # steps taken
     "Train in place by the learned steps; branches of an ensemble each at the rates of their modality"
     steps = len(next(iter(recipe.steps.values())))
@@ -77,8 +78,8 @@ def train_by_steps(
     net.train()
     for step in range(steps):
         rows = rows_of_step(step, classes, len(labels) // classes, ipc, recipe.per_step).to(labels.device)
-        loss = training_loss(net({m: x[rows] for m, x in inputs.items()}), labels[rows], temperature)
-        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        value = training_loss(net({m: x[rows] for m, x in inputs.items()}), labels[rows], temperature, loss)
+        gradients = torch.autograd.grad(value, list(net.parameters()))
         with torch.no_grad():
             for (name, p), g in zip(net.named_parameters(), gradients):
                 p -= recipe.steps[modality_of(name, recipe)][step] * g

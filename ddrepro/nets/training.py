@@ -189,7 +189,8 @@ def train(
     epochs: int = None,        # default the recipe's
     after_epoch=None,          # called with (epoch, mean loss): snapshots, curves
     progress: str = None,      # label of a progress bar
-    temperature: float = 1.    # that probabilities were made at
+    temperature: float = 1.,   # that probabilities were made at
+    loss: str = "cross_entropy"  # or "squared" distance from labels that are numbers
 ) -> int:                      # update steps taken
     "Train in place; the last batch of a pass may be smaller"
     check_cutmix(recipe, inputs)
@@ -202,11 +203,11 @@ def train(
         total = 0.
         for i, chosen in enumerate(shuffled(labels, recipe, seed, *indices, epoch)):
             batch = training_batch(inputs, labels, chosen, recipe, strategy, seed, *indices, epoch, i)
-            loss = mixed_loss(net, *batch, temperature)
+            value = mixed_loss(net, *batch, temperature, loss)
             optimiser.zero_grad()
-            loss.backward()
+            value.backward()
             optimiser.step()
-            total = total + loss.detach() * len(chosen)
+            total = total + value.detach() * len(chosen)
             steps += 1
         if after_epoch: after_epoch(epoch, float(total) / len(labels))
     return steps
@@ -259,9 +260,11 @@ def training_batch(
 def training_loss(
     logits: dict,            # head → (B, classes)
     labels: torch.Tensor,    # (B,) classes, or (B, classes) probabilities
-    temperature: float = 1.  # T that probabilities were made at
+    temperature: float = 1., # T that probabilities were made at
+    loss: str = "cross_entropy"  # or "squared" distance from labels that are numbers
 ) -> torch.Tensor:           # scalar
-    "Sum over heads of the mean cross-entropy; with probabilities T² times that of softmax(logits/T)"
+    "Sum over heads of the mean cross-entropy, T² times that of softmax(logits/T) with probabilities; or of ½(z − y)²"
+    if loss == "squared": return sum(F.mse_loss(x, labels.to(x.dtype)) for x in logits.values()) / 2
     if not labels.is_floating_point(): return sum(F.cross_entropy(x, labels) for x in logits.values())
     return temperature**2 * sum(F.cross_entropy(x / temperature, labels.to(x.dtype)) for x in logits.values())
 
@@ -271,12 +274,13 @@ def mixed_loss(
     labels: torch.Tensor,
     partners: torch.Tensor,
     share,
-    temperature: float = 1.
+    temperature: float = 1.,
+    loss: str = "cross_entropy"
 ) -> torch.Tensor:           # scalar
     "Loss of a batch that holds a share of the partners' pixels"
     logits = net(batch)
-    if partners is labels: return training_loss(logits, labels, temperature)
-    own, pasted = (training_loss(logits, x, temperature) for x in (labels, partners))
+    if partners is labels: return training_loss(logits, labels, temperature, loss)
+    own, pasted = (training_loss(logits, x, temperature, loss) for x in (labels, partners))
     return share * own + (1 - share) * pasted
 
 # %% ../../nbs/nets/03_training.ipynb #cell-016
@@ -321,7 +325,8 @@ def train_together(
     epochs: int = None,        # default the recipe's
     after_epoch=None,          # called with (epoch, None)
     progress: str = None,      # label of a progress bar
-    temperature: float = 1.    # that probabilities were made at
+    temperature: float = 1.,   # that probabilities were made at
+    loss: str = "cross_entropy"  # or "squared" distance from labels that are numbers
 ) -> int:                      # update steps that every network took
     "Train several networks in place, each as `train` would with its own key"
     if buffers := [n for n, _ in nets[0].named_buffers()]:
@@ -330,8 +335,8 @@ def train_together(
     stacked = stack_module_state(nets)[0]
     template = deepcopy(nets[0]).to("meta").train()
     run = lambda parameters: lambda x: functional_call(template, parameters, (x,))
-    loss = lambda parameters, *batch: mixed_loss(run(parameters), *batch, temperature)
-    gradients = vmap(grad(loss))
+    value = lambda parameters, *batch: mixed_loss(run(parameters), *batch, temperature, loss)
+    gradients = vmap(grad(value))
     optimiser = make_optimiser(stacked, recipe)
     base = [g["lr"] for g in optimiser.param_groups]
     passes = epochs or recipe.epochs
