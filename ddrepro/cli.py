@@ -240,7 +240,7 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
     index = add("index", "Make the index of a folder of reports anew: coverage, claims, newest runs, a page a paper.")
     index.add_argument("folder", type=Path, nargs="?", help="where reports lie (default: where runs put them)")
     bench = add("bench", "Measure the speed of matching and evaluation against a plain loop, as ratios in one run.")
-    bench.add_argument("what", nargs="*", help="which measurements (default: all)")
+    bench.add_argument("what", nargs="*", help="which measurements (default: all but avdd, mtt_av and class_wise, which take long)")
     bench.add_argument("--json", type=Path, help="write the rows to a file")
     return top
 

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['REAL_SIDE', 'JOB_KINDS', 'BY_CLASS', 'fields_of', 'preparations', 'Distillation', 'gather', 'why_empty', 'ask',
-           'check_shards', 'class_parts', 'GridJob', 'jobs_of', 'method_in_words', 'run_jobs', 'Prepared', 'share',
-           'prepare_jobs']
+           'check_shards', 'GridJob', 'jobs_of', 'method_in_words', 'run_jobs', 'Prepared', 'share', 'prepare_jobs']
 
 # %% ../nbs/grid_jobs.ipynb #f8308013
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from .core.provenance import short_hash
+from .distill.class_wise import class_parts
 from .distill.coresets import CORESET_ORDERS
 from .distill.families import TrajectoryMatching
 from .distill.loop import check_classes
@@ -117,10 +115,6 @@ def check_shards(e: Experiment, real, shards: int):
     classes = len(real.classes)
     if shards > classes > 0: raise ValueError(f"shards can be at most the {classes} classes of {real.name}, got {shards}")
     check_classes(e.method, real, class_parts(classes, shards)[0])
-
-def class_parts(classes: int, parts: int) -> list:
-    "The labels of each part, neighbours together"
-    return [part.tolist() for part in np.array_split(range(classes), parts)]
 
 # %% ../nbs/grid_jobs.ipynb #21eff4e2
 JOB_KINDS = ("prepare", "shard", "distill", "evaluate")

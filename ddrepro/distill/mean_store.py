@@ -122,7 +122,9 @@ class RealMeans:
         in_words = (f"real means: {len(classes)} classes × {iterations} iterations × {width} values = "
                     f"{size / 2**20:,.1f} MiB")
         if not self.root: return f"{in_words}, not stored"
-        if size > self.limit_gb * 2**30:
+        together = self.planned_bytes(len(self.real.classes), iterations, widths)
+        if together > self.limit_gb * 2**30:
+            if len(classes) < len(self.real.classes): in_words += f", {together / 2**20:,.1f} MiB with the other classes"
             return (f"{in_words}, above the store's limit of {self.limit_gb:g} GiB (DDREPRO_STORE_GB): "
                     "computed as needed, not stored")
         for m in widths:
@@ -179,9 +181,10 @@ class RealFeatures:
     ) -> str:              # what they take and whether they are stored, in words
         "Choose whether to store"
         samples = sum(self.sampler.size(self.real.train.by_class[c]) for c in classes)
-        size = 2 * draws * samples * sum(widths.values())
+        each = 2 * draws * sum(widths.values())
+        size, together = each * samples, each * sum(self.sampler.size(rows) for rows in self.real.train.by_class.values())
         in_words = f"real features: {draws} draws × {samples:,} samples × {sum(widths.values()):,} values = {size / 2**20:,.1f} MiB"
-        if size > self.limit_gb * 2**30:
+        if together > self.limit_gb * 2**30:
             return f"{in_words}, above the store's limit of {self.limit_gb:g} GiB (DDREPRO_STORE_GB): computed each time"
         for m in widths:
             key = means_key(self.real, self.source, self.sampler, m, self.compute, (real_features, *self.made_by))

@@ -82,7 +82,7 @@ def pool_job(
     epochs: int
 ) -> dict:                   # by name what is put in below, for a worker process
     "All that training one network of a pool needs"
-    inputs = real.batch("train", range(len(real.train)), modalities=[modality])
+    inputs = real.normalised("train", [modality])
     return dict(inputs=inputs, labels=real.train.labels, specs={modality: spec}, classes=len(real.classes),
                 recipe=recipe, strategy=real.strategy, seed=seed, index=index, epochs=epochs)
 

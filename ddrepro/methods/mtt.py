@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'PUBLISHED_MTT', 'OTHER_SOURCES', 'AUDIO_VISUAL_MTT', 'published_settings', 'settings_table', 'step_rows',
-           'MTT', 'last_and_best']
+           'MTT', 'student_bytes', 'last_and_best']
 
 # %% ../../nbs/methods/mtt.ipynb #cell-003
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import pandas as pd
 import torch
@@ -16,14 +17,17 @@ from fastcore.basics import patch
 from ..core.seeding import keyed_choice
 from ..core.share import choose
 from ..data.augment import apply_dsa, draw_dsa
-from ..data.formation import decode
+from ..data.formation import decode, per_canvas
 from ..distill.coresets import STARTS, initial
 from ..distill.families import TrajectoryMatching, check_nets
 from ..distill.method import Context
+from ..distill.unroll import MeanLoss
 from . import register
 from .dm import is_audio_visual
 from ..nets.experts import EXPERT, Experts
-from ..nets.training import training_loss
+from ..nets.networks import NetSpec
+from ..nets.pieces import kept_bytes, piece_size
+from ..nets.training import new_net, training_loss
 from ..nets.vectors import run_flat
 
 # %% ../../nbs/methods/mtt.ipynb #cell-006
@@ -155,18 +159,43 @@ def start(self: MTT, context: Context) -> tuple:
 
 # %% ../../nbs/methods/mtt.ipynb #cell-019
 @patch
-def student_loss(self: MTT, context: Context, m: str, t: int) -> callable:
+def student_loss(self: MTT, context: Context, m: str, t: int) -> MeanLoss:
     "Cross-entropy on modality `m` as a function of (vectors, inputs, step): what the student of iteration `t` descends"
     experts, real = context.experts[m], context.real
-    strategy = self.strategy_on(real)
-    def loss(vectors, inputs, step):
-        samples = [decode(x, self.factor, self.order_on(real)) for x in inputs[m]]
-        labels = torch.arange(len(samples), device=inputs[m].device).repeat_interleave(len(samples[0]))
+    strategy, each = self.strategy_on(real), per_canvas(self.factor, self.order_on(real))
+    def samples(inputs, step):
+        decoded = [decode(x, self.factor, self.order_on(real)) for x in inputs[m]]
+        labels = torch.arange(len(decoded), device=inputs[m].device).repeat_interleave(len(decoded[0]))
         rows = step_rows(len(labels), self.batch, step, context.seed, m, t).to(labels.device)
-        x = torch.cat(samples)[rows]
+        x = torch.cat(decoded)[rows]
         if strategy: x = apply_dsa(x, draw_dsa(strategy, len(rows), context.seed, f"mtt/augment/{m}", t, step))
-        return training_loss(run_flat(experts.net, experts.layout, vectors[m], {m: x}), labels[rows])
-    return loss
+        return dict(x=x, labels=labels[rows])
+    def mean(vectors, some):
+        return training_loss(run_flat(experts.net, experts.layout, vectors[m], {m: some["x"]}), some["labels"])
+    whole = len(real.classes) * self.ipc * each
+    n = min(self.batch or whole, whole)
+    at_once = self.at_once(real, m, n, context.compute)
+    return MeanLoss(samples, mean, at_once if at_once < n else 0)
+
+@patch
+def at_once(self: MTT, real, m: str, n: int, compute) -> int:
+    "Samples of a student's step of n whose graph is held at once: all that fit"
+    size = student_bytes(self.specs_on(real)[m], real.shapes[m], len(real.classes)) * compute.dtype.itemsize // 4
+    return piece_size(size, n, compute.device)
+
+@lru_cache(32)
+def student_bytes(
+    spec: NetSpec,
+    shape: tuple,   # (channels, height, width) of one sample
+    classes: int
+) -> int:
+    "Bytes that one sample keeps in a student's step whose gradient is to be differentiated, in float32"
+    net = new_net({"m": spec}, {"m": shape}, classes, "linear", 0)
+    x = torch.zeros(1, *shape, requires_grad=True)
+    def gradient():
+        loss = training_loss(net({"m": x}), torch.zeros(1, dtype=torch.int64))
+        return torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+    return kept_bytes(gradient, net.parameters())
 
 @patch
 def loss(self: MTT, context: Context, S: dict, state: dict, t: int) -> torch.Tensor:

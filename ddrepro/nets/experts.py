@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXPERT', 'EXPERTS_TOGETHER', 'Trajectories', 'check_key', 'brief', 'expert_net', 'keep_snapshot', 'train_expert',
-           'train_together_on', 'train_experts', 'Buffer', 'Experts', 'expert_key', 'expert_jobs', 'Segments',
-           'expert_of', 'train_pair_expert', 'train_pair_experts', 'PairExperts', 'network', 'pair_expert_key',
-           'image_facts', 'frozen_digest', 'pair_expert_jobs', 'experts_of']
+           'train_together_on', 'train_experts', 'experts_side_by_side', 'Buffer', 'Experts', 'expert_key',
+           'expert_jobs', 'Segments', 'expert_of', 'train_pair_expert', 'train_pair_experts', 'PairExperts', 'network',
+           'pair_expert_key', 'image_facts', 'frozen_digest', 'pair_expert_jobs', 'experts_of']
 
 # %% ../../nbs/nets/10_experts.ipynb #cell-003
 import hashlib
+import math
 import re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
@@ -22,10 +23,10 @@ from ..core.progress import Progress
 from ..core.provenance import short_hash, store_code
 from ..core.seeding import keyed_int
 from ..core.share import choose
-from ..core.workers import side_by_side
+from ..core.workers import side_by_side, worker_count
 from .dual import DualSpec, caption_embeddings, dual_net, layouts, load_vectors, vectors
 from .pair_training import PAIR_EXPERT, PairRecipe, train_pairs
-from .training import Recipe, new_net, train, train_together
+from .training import TOGETHER_BYTES, Recipe, new_net, sample_bytes, samples_at_once, train, train_together
 from .vectors import flatten, layout_of
 
 # %% ../../nbs/nets/10_experts.ipynb #cell-041
@@ -79,7 +80,7 @@ def brief(value, most: int = 120) -> str:
 
 # %% ../../nbs/nets/10_experts.ipynb #cell-044
 EXPERT = Recipe("expert", 50, 256, "sgd", rate=0.01, momentum=0.)
-EXPERTS_TOGETHER = 10    # networks trained at once on a GPU
+EXPERTS_TOGETHER = 10    # networks trained at once on a GPU, at most
 
 def expert_net(job: dict) -> torch.nn.Module:
     "The network of a job before training"
@@ -118,8 +119,19 @@ def train_experts(jobs: list, device: str = "cpu"):
             yield from train_together_on(device, jobs[i:i + EXPERTS_TOGETHER])
     else:
         from ddrepro.nets.experts import train_expert  # by its module's name, for the worker processes
-        memory = max((x.nbytes for job in jobs for x in job["inputs"].values()), default=0)
-        yield from side_by_side(train_expert, jobs, memory)
+        inputs = max((x.nbytes for job in jobs for x in job["inputs"].values()), default=0)
+        together = max(len(experts_side_by_side(jobs)), 1)
+        if together == 1 < len(jobs): inputs = math.inf      # one after the other, here, with all threads
+        for i in range(0, len(jobs), together): yield from side_by_side(train_expert, jobs[i:i + together], inputs)
+
+def experts_side_by_side(jobs: list) -> list:
+    "The first jobs, as many as may train at a time: all where the graphs of one in each worker fit"
+    if not jobs or not jobs[0]["epochs"]: return jobs
+    net, first = expert_net(jobs[0]), jobs[0]
+    batch = min(first["recipe"].batch, len(first["labels"]))
+    each = samples_at_once(net, first["inputs"], batch) * sample_bytes(net, first["inputs"])
+    fit = max(1, TOGETHER_BYTES // max(1, each))
+    return jobs if fit >= worker_count() else jobs[:fit]
 
 # %% ../../nbs/nets/10_experts.ipynb #cell-046
 class Buffer:
@@ -203,7 +215,7 @@ def expert_jobs(
     "All that training these experts needs; they share the inputs"
     if not indices: return []
     real = experts.real
-    inputs = real.batch("train", range(len(real.train)), modalities=list(experts.specs))
+    inputs = real.normalised("train", list(experts.specs))
     shared = dict(inputs=inputs, labels=real.train.labels, specs=experts.specs, classes=len(real.classes),
                   fusion=experts.fusion, recipe=experts.recipe, strategy=real.strategy, seed=experts.seed,
                   epochs=experts.epochs, folder=experts.trajectories.folder, key=experts.trajectories.key)
