@@ -67,7 +67,8 @@ def parse_assignments(
 
 NAMED = ("dataset", "table", "figure", "ipc", "pairs", "profile")   # parameters that a report's name spells out
 ELSEWHERE = ("device", "out")                                       # they say where it is made, not what
-LONGEST_NAME = 200                                                  # bytes: a file's name may have 255, and a temporary one is longer
+# bytes: a file's name may have 255, and a temporary one is longer
+LONGEST_NAME = 200
 
 def report_name(
     paper: str,
@@ -93,7 +94,8 @@ def check_name(name: str):
     if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"name must be a file name without folders, got {name!r}; --reports names the folder")
     if len(name.encode("utf-8", "replace")) > LONGEST_NAME:
-        raise ValueError(f"name must have at most {LONGEST_NAME} bytes, got {len(name.encode('utf-8', 'replace'))}; give a shorter one")
+        raise ValueError(f"name must have at most {LONGEST_NAME} bytes, got {len(name.encode('utf-8', 'replace'))}; "
+                         "give a shorter one")
 
 def check_request(
     paper: str,
@@ -140,7 +142,8 @@ def run_paper(
     rows, table = tagged_output(target, "rows"), folder / f"{name}.csv"
     try: report = render(target, folder / f"{name}.html")
     except OSError as error:
-        raise OSError(f"{error}. The run is finished: ddrepro report {shlex.quote(str(target))} --html FILE renders it") from error
+        raise OSError(f"{error}. The run is finished: ddrepro report {shlex.quote(str(target))} --html FILE "
+                      "renders it") from error
     table.unlink(missing_ok=True)        # an earlier run's rows do not stand beside this report
     if not rows: return Reported(report, "", absent_lines(target))
     write_atomic(table, (rows + "\n").encode())
@@ -168,7 +171,8 @@ def reports_folder() -> Path:
 
 # %% ../nbs/cli.ipynb #cell-021
 DEMO = {"ipc": "3", "iterations": "40", "eval_seeds": "2"}
-COMMAND_NAMES = ("run", "demo", "grid", "data", "methods", "score", "zoo", "doctor", "report", "index", "bench", "completion")
+COMMAND_NAMES = ("run", "demo", "grid", "data", "methods", "score", "zoo", "doctor", "report", "index",
+                 "bench", "completion")
 RUN_USAGE = "ddrepro run PAPER [-p NAME VALUE ...] [--reports FOLDER] [--name NAME]"
 GRID_USAGE = "ddrepro grid [status] FILE [--dry-run] [--profile local|slurm] [--jobs N] … [-- WORDS FOR SNAKEMAKE]"
 GRID_OPTIONS = {   # name → type and meaning; how they are when not given, `grid.GridOptions` says
@@ -193,7 +197,8 @@ def one_of(argument: str, allowed):
 
 def parser(paper: str = None) -> argparse.ArgumentParser:
     "All commands; the help of `run` shows the parameters of one paper, or where to find them"
-    top = argparse.ArgumentParser("ddrepro", description="Dataset distillation papers reproduced, checked and extended.")
+    top = argparse.ArgumentParser("ddrepro",
+                                  description="Dataset distillation papers reproduced, checked and extended.")
     top.add_argument("--version", action="version", version=f"ddrepro {__version__}")
     commands = top.add_subparsers(dest="command", metavar="command")
     def add(name, about, **more):
@@ -210,7 +215,8 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
     demo = add("demo", f"The AVDD notebook on embedded data with {settings}: a first report in a few minutes.")
     demo.add_argument("--reports", type=Path, help="folder of the report (default: reports/ here)")
     grid = add("grid", "Run a table of cells (CSV or JSON) job by job, or say how it stands.", usage=GRID_USAGE)
-    grid.add_argument("words", nargs="+", metavar="[status] FILE", help="a table whose columns are paper and parameters of its notebook")
+    grid.add_argument("words", nargs="+", metavar="[status] FILE",
+                      help="a table whose columns are paper and parameters of its notebook")
     grid.add_argument("--dry-run", action="store_true", help="say what would be done")
     grid.add_argument("--json", action="store_true", help="with status: print how every job stands as JSON")
     profile = one_of("profile", ("local", "slurm"))
@@ -225,14 +231,16 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
     methods.add_argument("--dataset", help="values for this data set")
     methods.add_argument("--ipc", type=int, default=10, help="values for this IPC (default: 10)")
     methods.add_argument("--json", action="store_true", help="print the table as JSON")
-    add_score_arguments(add("score", "Score released sets under their own and a common recipe: does the stated number hold?"))
+    add_score_arguments(add("score", "Score released sets under their own and a common recipe: "
+                                     "does the stated number hold?"))
     zoo = add("zoo", "List the distilled sets that come with ddrepro, or show one.")
     zoo.add_argument("action", type=one_of("action", ("list", "show")), metavar="{list,show}", help="what to do")
     zoo.add_argument("names", nargs="*", help="of sets to show, such as dsdm/digits/ipc10")
     about = add("doctor", "Versions, device, threads, bfloat16, compiler, data, store.")
     about.add_argument("--json", action="store_true", help="print them as JSON")
     completion = add("completion", "Print lines that teach a shell to complete this command.")
-    completion.add_argument("shell", type=one_of("shell", ("bash", "zsh", "fish")), metavar="{bash,zsh,fish}", help="which shell")
+    completion.add_argument("shell", type=one_of("shell", ("bash", "zsh", "fish")),
+                            metavar="{bash,zsh,fish}", help="which shell")
     report = add("report", "Render the HTML report of an executed notebook, or of rows in a CSV.")
     report.add_argument("notebook", type=Path, metavar="FILE", help="an .ipynb with its outputs, or a .csv of rows")
     report.add_argument("--html", type=Path, help="where it goes (default: beside the file)")
@@ -247,7 +255,8 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
 # %% ../nbs/cli.ipynb #618ff0a2
 def unknown_command(word: str, words: list) -> str:
     "What helps where the first word is no command"
-    if word.lower() in papers(): return f"{word!r} is a paper, not a command: ddrepro run {shlex.join([word.lower(), *words[1:]])}"
+    if word.lower() in papers():
+        return f"{word!r} is a paper, not a command: ddrepro run {shlex.join([word.lower(), *words[1:]])}"
     try: return choose("command", word, COMMAND_NAMES)
     except ValueError as error: return str(error)
 
@@ -277,14 +286,16 @@ def run_and_print(paper: str, values: dict, reports: Path, name: str, json_wante
     done = run_paper(paper, values, reports, name)
     if json_wanted:
         rows = done.report.with_suffix(".csv") if done.final else None
-        print(as_json(dict(report=done.report, rows=rows, table=done.final.splitlines(), empty=done.reasons)), flush=True)
+        print(as_json(dict(report=done.report, rows=rows, table=done.final.splitlines(), empty=done.reasons)),
+              flush=True)
         return 0 if done.final else 1
     if done.final: print(done.final)
     print(f"\nreport: {done.report}", flush=True)
     failure = getattr(sys.stdout, "failure", None)
     if failure is not None: print(f"ddrepro: report: {done.report}", file=sys.stderr)
     if done.final: return 0
-    print("ddrepro: no line of this report has a result, for the reasons that it gives", *done.reasons, sep="\n  ", file=sys.stderr)
+    print("ddrepro: no line of this report has a result, for the reasons that it gives", *done.reasons,
+          sep="\n  ", file=sys.stderr)
     return 1
 
 # %% ../nbs/cli.ipynb #9003a9f2
@@ -295,7 +306,9 @@ def report_of(args) -> Path:
     html = args.html or args.notebook.with_suffix(".html")
     given = {name: value for name in ROWS_OPTIONS if (value := getattr(args, name)) is not None}
     if kind == "notebook":
-        if given: raise ValueError(f"--{next(iter(given))} is for rows in a .csv; {args.notebook} is a notebook, which says all itself")
+        if given:
+            raise ValueError(f"--{next(iter(given))} is for rows in a .csv; {args.notebook} is a notebook, "
+                             "which says all itself")
         return render(args.notebook, html)
     from ddrepro.report.index import report_index
     from ddrepro.report.own_rows import rows_report
@@ -308,15 +321,18 @@ def zoo_words(action: str, names: list) -> str:
     "What `zoo list` and `zoo show` print"
     from ddrepro.distill.zoo import zoo_table, zoo_text
     if action == "show":
-        if not names: raise ValueError("zoo show needs the name of a set, such as dsdm/digits/ipc10; zoo list names them")
+        if not names:
+            raise ValueError("zoo show needs the name of a set, such as dsdm/digits/ipc10; zoo list names them")
         return "\n\n".join(map(zoo_text, names))
-    if names: raise ValueError(f"zoo list shows all sets and takes no name, got {names[0]!r}; zoo show {names[0]} shows one")
+    if names:
+        raise ValueError(f"zoo list shows all sets and takes no name, got {names[0]!r}; zoo show {names[0]} shows one")
     return zoo_table().to_string(index=False)
 
 # %% ../nbs/cli.ipynb #a0084be7
 def execute(args) -> int:
     "Carry out parsed arguments; the exit status"
-    if args.command == "run": return run_and_print(args.paper, parse_assignments(args.params), args.reports, args.name, args.json)
+    if args.command == "run":
+        return run_and_print(args.paper, parse_assignments(args.params), args.reports, args.name, args.json)
     if args.command == "demo": return run_and_print("avdd", DEMO, args.reports, "demo")
     if args.command == "grid":
         from ddrepro.grid import grid_and_print
@@ -328,7 +344,8 @@ def execute(args) -> int:
         print(as_json(list_data()) if args.json else list_data().to_string(index=False))
     elif args.command == "methods" and args.json: print(as_json(methods_table(args.name, args.dataset, args.ipc)))
     elif args.command == "methods": print(method_table(args.name, args.dataset, args.ipc))
-    elif args.command == "doctor": print(as_json(dict(doctor())) if args.json else "\n".join(f"{k:28} {v}" for k, v in doctor()))
+    elif args.command == "doctor":
+        print(as_json(dict(doctor())) if args.json else "\n".join(f"{k:28} {v}" for k, v in doctor()))
     elif args.command == "completion": print(completion_script(args.shell), end="")
     elif args.command == "report":
         print(report_of(args))
@@ -366,7 +383,8 @@ def complete(
 # %% ../nbs/cli.ipynb #b1afeba3
 def stopped(stop: KeyboardInterrupt, words: list) -> int:
     "Say what goes on with stopped work; the exit status that shells expect"
-    goes_on = f"; {shlex.join(['ddrepro', *words])} goes on where it was" if words[:1] in (["run"], ["demo"], ["grid"]) else ""
+    goes_on = (f"; {shlex.join(['ddrepro', *words])} goes on where it was"
+               if words[:1] in (["run"], ["demo"], ["grid"]) else "")
     print(f"ddrepro: stopped{goes_on}", file=sys.stderr)
     return exit_status(stop)
 
@@ -394,7 +412,8 @@ def notebook_failed(error: Exception, words: list) -> int:
         return 1
     if kind != "PapermillExecutionError": raise error
     if error.ename == "KeyboardInterrupt": return stopped(KeyboardInterrupt(), words)
-    reason = error.evalue if error.ename == "CannotWrite" else f"the notebook stopped with {error.ename}: {error.evalue}"
+    reason = (error.evalue if error.ename == "CannotWrite"
+              else f"the notebook stopped with {error.ename}: {error.evalue}")
     print(f"ddrepro: {reason}", file=sys.stderr)
     return 1
 

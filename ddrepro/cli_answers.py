@@ -41,7 +41,8 @@ def methods_table(
     "The registered methods with their papers, or one method's hyper-parameters with what they mean"
     from ddrepro.data.registry import entries
     from ddrepro.methods import hyperparameters, list_methods
-    if dataset is not None and name is None: raise ValueError(f"--dataset {dataset} needs a method: ddrepro methods dm --dataset {dataset}")
+    if dataset is not None and name is None:
+        raise ValueError(f"--dataset {dataset} needs a method: ddrepro methods dm --dataset {dataset}")
     if dataset is not None: choose("dataset", dataset, sorted(entries()))
     if name: return hyperparameters(name, dataset, ipc)
     table, known = list_methods(), references()
@@ -64,7 +65,8 @@ def method_table(name: str = None, dataset: str = None, ipc: int = 10) -> str:
 
 # %% ../nbs/cli_answers.ipynb #a14efe07
 AS_ROWS = {   # paper → method → how its notebook's parameter `methods` calls it
-    "dsdm": {name: name for name in ("random", "herding", "kcenter", "dd", "dc", "dsa", "cafe", "cafe_dsa", "dm", "idm", "m3d")},
+    "dsdm": {name: name
+             for name in ("random", "herding", "kcenter", "dd", "dc", "dsa", "cafe", "cafe_dsa", "dm", "idm", "m3d")},
     "avdd": {"mtt": "mtt"},
     "vldd": {"forgetting": "Forgetting"},
 }
@@ -159,7 +161,8 @@ def about_commands(parser: argparse.ArgumentParser) -> dict:
 
 def options_of(parser: argparse.ArgumentParser) -> dict:
     "Option → help of a command, long before short"
-    return {sorted(action.option_strings, key=len)[-1]: action.help or "" for action in parser._actions if action.option_strings}
+    return {sorted(action.option_strings, key=len)[-1]: action.help or "" for action in parser._actions
+            if action.option_strings}
 
 def choices_of_positional(metavar) -> list:
     "What '{list,check}' allows"
@@ -179,18 +182,21 @@ def candidates(
     own = commands[before[0]]
     if before[0] == "run":
         paper = next((word for word in before[1:] if word in papers), None)
-        if paper and before[-1] == "-p": return {name: p.help for name, p in declared_parameters(notebook_of(paper)).items()}
+        if paper and before[-1] == "-p":
+            return {name: p.help for name, p in declared_parameters(notebook_of(paper)).items()}
         if paper and before[-2:-1] == ["-p"]:
             parameter = declared_parameters(notebook_of(paper)).get(before[-1])
             return dict.fromkeys(("true", "false"), "") if parameter and parameter.type is bool else {}
         if not paper and not current.startswith("-"): return papers
     if current.startswith("-"): return options_of(own)
     for action in own._actions:
-        if action.option_strings and before[-1] in action.option_strings: return dict.fromkeys(choices_of_positional(action.metavar), "")
+        if action.option_strings and before[-1] in action.option_strings:
+            return dict.fromkeys(choices_of_positional(action.metavar), "")
     if before == ["methods"]: return {"random": ""} | {name: known.short for name, known in references().items()}
     positional = next((action for action in own._actions if not action.option_strings), None)
     return dict.fromkeys(choices_of_positional(positional.metavar), "") if positional and len(before) == 1 else {}
 
 def completed(found: dict, current: str) -> str:
     "Lines for a shell: word, tab, meaning, of those that begin as what is typed"
-    return "".join(f"{word}\t{' '.join(str(about).split())}\n" for word, about in found.items() if word.startswith(current))
+    return "".join(f"{word}\t{' '.join(str(about).split())}\n" for word, about in found.items()
+                   if word.startswith(current))

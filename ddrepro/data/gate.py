@@ -53,7 +53,8 @@ def as_tensor(what: str, values) -> torch.Tensor:
     if values.is_meta: raise ValueError(f"{what} lies on the device 'meta' and holds no values")
     if values.is_complex(): raise ValueError(f"{what} must be real numbers, got {values.dtype}")
     if values.is_quantized: raise ValueError(f"{what} is quantised; give {what}.dequantize()")
-    return as_tensor(what, values.detach().cpu().numpy()) if values.dtype in UNSIGNED else values.detach().cpu().contiguous()
+    return (as_tensor(what, values.detach().cpu().numpy()) if values.dtype in UNSIGNED
+            else values.detach().cpu().contiguous())
 
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
@@ -88,7 +89,8 @@ def by_channels(gate: Gate, what: str, x: torch.Tensor) -> torch.Tensor:
     if x.dim() != 4:
         raise ValueError(f"{gate.name}: {what} must have shape (N, channels, height, width), got {shape}{hint(shape)}")
     if shape[1] == shape[2] != shape[3] and shape[1] not in (1, 3):
-        gate.remark(what, f"read as {shape[1]} channels of {shape[2]}×{shape[3]}; if channels come last, give x.permute(0, 3, 1, 2)")
+        gate.remark(what, f"read as {shape[1]} channels of {shape[2]}×{shape[3]}; if channels come last, "
+                          "give x.permute(0, 3, 1, 2)")
     if not all(shape):
         raise ValueError(f"{gate.name}: {what} is empty: it has shape {shape}; give at least one sample with pixels")
     return x
@@ -100,7 +102,8 @@ def hint(shape: tuple) -> str:
     if len(shape) != 2: return ""
     for channels in (1, 3):
         side = round((shape[1] / channels) ** .5)
-        if side >= LEAST and channels * side**2 == shape[1]: return f". Flat rows of {channels}×{side}×{side}: x.reshape(-1, {channels}, {side}, {side})"
+        if side >= LEAST and channels * side**2 == shape[1]:
+            return f". Flat rows of {channels}×{side}×{side}: x.reshape(-1, {channels}, {side}, {side})"
     return ". Give flat rows their shape: x.reshape(-1, channels, height, width)"
 
 # %% ../../nbs/data/00_gate.ipynb #4740617a
@@ -198,11 +201,13 @@ def joint_kinds(kinds: dict, parts: dict) -> dict:
     joint = dict(kinds)
     for what, kind in kinds.items():
         if kind == "dark": joint[what] = "bytes" if "bytes" in kinds.values() else "other"
-        if kind == "unit" and "bytes" in kinds.values() and range_of(parts[what])[1] > 1: joint[what] = "bytes"   # a night
+        # a night
+        if kind == "unit" and "bytes" in kinds.values() and range_of(parts[what])[1] > 1: joint[what] = "bytes"
         if kind == "unit" and "signed" in kinds.values() and parts[what].is_floating_point(): joint[what] = "signed"
     return joint
 
-def ranges_in_words(spans: dict) -> str: return " and ".join(f"{what} has values in {span_words(span)}" for what, span in spans.items())
+def ranges_in_words(spans: dict) -> str:
+    return " and ".join(f"{what} has values in {span_words(span)}" for what, span in spans.items())
 
 # %% ../../nbs/data/00_gate.ipynb #535eff5b
 def gate_inputs(
@@ -278,7 +283,8 @@ def from_one_hot(gate: Gate, what: str, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind in NUMBERS and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
         gate.remark(what, f"one-hot {values.shape} was read as its classes")
         return values.argmax(1)
-    kind = "probabilities, give their largest: labels.argmax(1)" if values.dtype.kind == "f" else "several labels a sample, choose one of them"
+    kind = ("probabilities, give their largest: labels.argmax(1)" if values.dtype.kind == "f"
+            else "several labels a sample, choose one of them")
     raise ValueError(f"{gate.name}: {what} must have shape (N,), got {values.shape}: if these are {kind}")
 
 def whole_labels(gate: Gate, what: str, values: np.ndarray) -> np.ndarray:
@@ -336,7 +342,8 @@ def gate_labels(
 def named_order(gate: Gate, values: np.ndarray, names) -> list:
     "Texts in the order of their labels: that of the names, else of the alphabet"
     if names is None:
-        gate.remark("labels", f"texts were numbered by the alphabet: {', '.join(values[:5])}{', …' if len(values) > 5 else ''}")
+        gate.remark("labels", "texts were numbered by the alphabet: "
+                              f"{', '.join(values[:5])}{', …' if len(values) > 5 else ''}")
         return values.tolist()
     for value in values.tolist(): choose(f"{gate.name}: label", value, names)
     return list(names)

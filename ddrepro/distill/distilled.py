@@ -63,8 +63,10 @@ def checked_set(s: "DistilledData") -> dict:
     if not s.tensors: raise ValueError("a distilled set needs tensors of one modality at least, got none")
     for m in s.tensors: check_modality_name("distilled set", m)
     tensors = {m: learned_tensor(m, x) for m, x in s.tensors.items()}
-    fields = dict(tensors=tensors, factor=whole_number("factor of a distilled set", s.factor, 1), card=plain(s.card, "card"),
-                  curve=tuple(as_tensor("curve", s.curve).double().tolist()), labels=tuple(plain(s.labels, "labels")), classes=class_names(gate, s.classes))
+    fields = dict(tensors=tensors, factor=whole_number("factor of a distilled set", s.factor, 1),
+                  card=plain(s.card, "card"), curve=tuple(as_tensor("curve", s.curve).double().tolist()),
+                  labels=tuple(plain(s.labels, "labels")),
+                  classes=class_names(gate, s.classes))
     if s.task == "classification": check_classes_of(fields["labels"], fields["classes"], tensors)
     counts = {m: x.shape[:2] if s.task == "classification" else x.shape[:1] for m, x in tensors.items()}
     if len(set(counts.values())) > 1:
@@ -74,7 +76,8 @@ def checked_set(s: "DistilledData") -> dict:
     for m, x in tensors.items(): check_space_of(s, m, x)
     check_soft_of(s, len(fields["labels"]), next(iter(counts.values()))[-1], len(fields["classes"]))
     method = fields["card"].get("method")
-    guard_rates(fields["card"].get("rates") or {}, method.get("largest_alpha", 10.) if isinstance(method, dict) else 10.)
+    guard_rates(fields["card"].get("rates") or {},
+                method.get("largest_alpha", 10.) if isinstance(method, dict) else 10.)
     return fields
 
 def check_soft_of(s: "DistilledData", held: int, ipc: int, classes: int):
@@ -260,7 +263,8 @@ def save(self: DistilledData, path) -> Path:
     card = dict(format=FORMAT, task=self.task, classes=list(self.classes), labels=list(self.labels), factor=self.factor,
                 ipc=self.ipc, order=self.order, space={m: self.space.get(m, "normalised") for m in self.tensors},
                 normalisation={m: n.facts() for m, n in self.normalisation.items()},
-                signals={m: signal_facts(p) for m, p in self.signals.items()}, modalities=list(self.tensors), card=self.card)
+                signals={m: signal_facts(p) for m, p in self.signals.items()},
+                modalities=list(self.tensors), card=self.card)
     tensors = self.tensors | {"curve": torch.tensor(self.curve, dtype=torch.float64)}
     if self.soft is not None:
         card |= dict(format=WITH_SOFT, soft=self.soft.facts())
@@ -324,7 +328,8 @@ def export(distilled: DistilledData, folder) -> list:
     if distilled.soft is not None:
         about |= dict(soft_labels=distilled.soft.facts() | dict(rows=soft_labels_by_folder(distilled)))
     write_json(folder / EXPORTED, about)
-    return [write_sample(x, make_folder((folder / name).parent) / Path(name).name, signal) for name, (x, signal) in samples.items()]
+    return [write_sample(x, make_folder((folder / name).parent) / Path(name).name, signal)
+            for name, (x, signal) in samples.items()]
 
 def samples_by_file(distilled: DistilledData) -> dict:
     "'class/file' → (a canvas as pixels in [0, 1] or decibels, the signal of a sound or None)"

@@ -78,10 +78,12 @@ class Checkpoints:
     ):
         self.folder = make_folder(folder)
         if not os.access(self.folder, os.W_OK):
-            raise OSError(f"cannot write checkpoints to {self.folder}: it is read-only; choose another folder, or copy it")
+            raise OSError(f"cannot write checkpoints to {self.folder}: it is read-only; choose another folder, "
+                          "or copy it")
         self.identity, self.facts = identity, facts or {}
         self.moves = ()
-        self.earlier, self.clock = 0., time.monotonic()     # seconds that were spent before, and when this stretch began
+        # seconds that were spent before, and when this stretch began
+        self.earlier, self.clock = 0., time.monotonic()
 
     def files(self) -> list: return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
@@ -108,7 +110,8 @@ class Checkpoints:
             self.check(meta, file)
             curve = tensors.pop("curve").tolist()
             state = {k: int(x) if k in meta["integers"] else x for k, x in tensors.items()}
-            machine, moves, self.earlier = meta.get("machine", {}), tuple(meta.get("moves", ())), meta.get("seconds", 0.)
+            machine, moves, self.earlier = (meta.get("machine", {}), tuple(meta.get("moves", ())),
+                                            meta.get("seconds", 0.))
             return Saved(meta["t"], state, curve, Compute(**meta["compute"]), machine, moves)
         if files: print(f"no checkpoint in {self.folder} is intact; beginning at iteration 0")
         return None
@@ -139,9 +142,11 @@ def distill(
     on_iteration=None           # called with (t, loss, S) after each step
 ) -> DistilledData:
     "Distil `real` by `method`; a killed run with the same `folder` goes on where its last checkpoint was; one that runs is waited for"
-    if not isinstance(method, Method): raise TypeError(f"method must be a Method, such as get_method('dm'); got {method!r}")
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method, such as get_method('dm'); got {method!r}")
     seed = whole_number("seed", seed)
-    if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
+    if not hasattr(real, "task"):
+        raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     method.check(real)
     classes = check_classes(method, real, classes)
     checkpoint_every = number_between("checkpoint_every", checkpoint_every, 0, math.inf, ends=True)
@@ -179,8 +184,8 @@ def distilled_from(
     if rates: card = card | dict(rates=rates)
     S = {k.removeprefix("S/"): x.detach().cpu() for k, x in state.items() if k.startswith("S/")}
     card, soft = card | method.learned_facts(S), method.soft_labels(S)
-    return DistilledData(tensors, real.classes, classes, dict(real.normalisation), method.factor, dict(real.signals), card,
-                         tuple(curve), method.order_on(real), method.space_on(real), real.task, soft)
+    return DistilledData(tensors, real.classes, classes, dict(real.normalisation), method.factor, dict(real.signals),
+                         card, tuple(curve), method.order_on(real), method.space_on(real), real.task, soft)
 
 def plain_recipe(recipe) -> dict:
     "A Recipe, or one by its name, as plain data for a card"
@@ -214,7 +219,8 @@ class Asked(NamedTuple):
         "With nothing left open, for a new run or one that was computed as `before`"
         if self.compute is not None: return self.whole(method)
         method.check_compute(self.precision, self.compile)
-        known = dict(width=method.width, iterations=method.iterations, precisions=method.precisions, compiles=method.compiles)
+        known = dict(width=method.width, iterations=method.iterations, precisions=method.precisions,
+                     compiles=method.compiles)
         if before is None: return resolve_compute(*self[:3], **known)
         return resolve_again(before, *self[:3], **known)
 
@@ -268,8 +274,9 @@ def begin(
         return saved._replace(machine=dict(torch=torch.__version__) | saved.machine)
     moves = saved.moves
     if changes:
-        print(f"{which}: goes on at iteration {saved.t} of {method.iterations} with another {changes_in_words(changes)}. "
-              "From there on it is no longer bit for bit what the uninterrupted run gives")
+        print(f"{which}: goes on at iteration {saved.t} of {method.iterations} with another "
+              f"{changes_in_words(changes)}. From there on it is no longer bit for bit what the "
+              "uninterrupted run gives")
         if "device" in changes and (context.experts is not None or hasattr(context.source, "pools")):
             print(f"{which}: networks it was matched under were trained on {saved.compute.kind}, "
                   f"those it goes on with on {compute.kind}")
@@ -289,7 +296,8 @@ def state_on(state: dict, before: Compute, compute: Compute) -> dict:
 
 def bits_depend_on(compute: Compute, machine: dict) -> dict:
     "What decides the bits of an iteration, as plain data; a GPU's number does not"
-    return dict(device=compute.kind, precision=compute.precision, compile=compute.compile, chunk=compute.chunk) | machine
+    return dict(device=compute.kind, precision=compute.precision, compile=compute.compile,
+                chunk=compute.chunk) | machine
 
 def changes_since(saved: Saved, compute: Compute, machine: dict) -> dict:
     "What differs of how iterations before and after a checkpoint are computed: name → [before, after]"
@@ -345,7 +353,8 @@ def iterate(
         raise
     except Diverged as problem:
         save()
-        kept = f"the state before it is kept in {checkpoints.folder}" if checkpoints else "give a folder to keep the state before it"
+        kept = (f"the state before it is kept in {checkpoints.folder}" if checkpoints
+                else "give a folder to keep the state before it")
         raise Diverged(f"{method.name}: {problem} at iteration {course.t if problem.t is None else problem.t}; {kept}. "
                        "A smaller learning rate usually helps") from None
     bar.close()

@@ -59,7 +59,8 @@ def score(
     elif len(nets) > 1: steps = train_together(nets, inputs, labels, recipe, strategy, keys, **watched)
     else: steps = train(nets[0], inputs, labels, recipe, strategy, *keys[0], **watched)
     facts = dict(steps=steps, samples=len(labels))
-    return [rows_of(history, fusion, recipe.checks, dict(seed=s, eval_seed=k) | facts) for history, (s, k) in zip(histories, seeds)]
+    return [rows_of(history, fusion, recipe.checks, dict(seed=s, eval_seed=k) | facts)
+            for history, (s, k) in zip(histories, seeds)]
 
 def rows_of(
     history: list,   # name of a head → accuracy, at every look
@@ -91,7 +92,8 @@ def groups_of(jobs: list) -> list:
     groups = []
     for job in jobs:
         stackable = all(spec.norm != "batch" for spec in job["specs"].values())
-        if groups and len(groups[-1]) < NETS_TOGETHER and stackable and alike(job, groups[-1][-1]): groups[-1].append(job)
+        if groups and len(groups[-1]) < NETS_TOGETHER and stackable and alike(job, groups[-1][-1]):
+            groups[-1].append(job)
         else: groups.append([job])
     return groups
 
@@ -101,9 +103,11 @@ def score_each(jobs: list, device: str = "cpu"):
         from ddrepro.evaluate.classification import score_one  # by its module's name, for the worker processes
         yield from side_by_side(score_one, jobs, max(map(job_bytes, jobs), default=0))
     else:
-        for group in groups_of(jobs): yield from score(**group[0] | {"seeds": [j["seeds"][0] for j in group]}, device=device)
+        for group in groups_of(jobs):
+            yield from score(**group[0] | {"seeds": [j["seeds"][0] for j in group]}, device=device)
 
-def job_bytes(job: dict) -> int: return sum(x.nbytes for side in (job["inputs"], job["test_inputs"]) for x in side.values())
+def job_bytes(job: dict) -> int:
+    return sum(x.nbytes for side in (job["inputs"], job["test_inputs"]) for x in side.values())
 
 # %% ../../nbs/evaluate/01_classification.ipynb #cb9ffca0
 def numbered_as(distilled, real):
@@ -117,8 +121,9 @@ def numbered_as(distilled, real):
     if names == theirs: return distilled
     if unknown := sorted(set(names) - set(theirs)):
         lacking = sorted(set(theirs) - set(names))
-        raise ValueError(f"classes of the distilled set are not those of {real.name}: only the set has {some_of(unknown)}, only the data "
-                         f"have {some_of(lacking)}. If they mean the same, dataclasses.replace(distilled, classes=…) renames them, in order")
+        raise ValueError(f"classes of the distilled set are not those of {real.name}: only the set has "
+                         f"{some_of(unknown)}, only the data have {some_of(lacking)}. If they mean the same, "
+                         "dataclasses.replace(distilled, classes=…) renames them, in order")
     places = [theirs.index(name) for name in names]
     soft = distilled.soft and distilled.soft.renumbered(places)
     return replace(distilled, classes=theirs, labels=tuple(places[label] for label in distilled.labels), soft=soft)
@@ -137,8 +142,9 @@ def check_space(distilled, real):
             raise ValueError(f"a distilled {m} and one of {real.name} have unlike sizes, {size}; bring the data to "
                              "the size of the set")
         if distilled.normalisation[m] != real.normalisation[m]:
-            raise ValueError(f"the distilled {m} is normalised by {distilled.normalisation[m]}, {real.name} by {real.normalisation[m]}; "
-                             f"give the data the set's constants: dataclasses.replace(real, normalisation=distilled.normalisation)")
+            raise ValueError(f"the distilled {m} is normalised by {distilled.normalisation[m]}, {real.name} by "
+                             f"{real.normalisation[m]}; give the data the set's constants: dataclasses.replace(real, "
+                             "normalisation=distilled.normalisation)")
         signals = distilled.signals.get(m), real.signals.get(m)
         if signals[0] != signals[1]:
             raise ValueError(f"the distilled {m} was made as {signals[0]}, that of {real.name} as {signals[1]}; "
@@ -166,7 +172,8 @@ def evaluation_job(
 def whole_job(real, recipe, part: str, width: int, fusion: str, epochs: int = None, net: str = "convnet") -> dict:
     "`evaluation_job` for the whole training part"
     recipe, inputs = with_learned_rates(recipe, {}, fusion), real.batch("train", range(len(real.train)))
-    return dict(inputs=inputs, labels=real.train.labels, **scoring_side(real, part, inputs, recipe, width, fusion, epochs, net))
+    return dict(inputs=inputs, labels=real.train.labels,
+                **scoring_side(real, part, inputs, recipe, width, fusion, epochs, net))
 
 @lru_cache(2)
 def scored_inputs(real, part: str, modalities: tuple) -> dict:
@@ -222,7 +229,8 @@ def with_learned_rates(
     if recipe.rate is not None: return recipe
     if not learned:
         raise ValueError(f"recipe {recipe.name} trains with the rate learned with a distilled set, "
-                         "and no rate was learned with this one: give a recipe with a rate, such as 'dc' or dc_recipe(rate=0.01)")
+                         "and no rate was learned with this one: give a recipe with a rate, "
+                         "such as 'dc' or dc_recipe(rate=0.01)")
     guard_rates(learned)
     if fusion == "linear": return replace(recipe, rate=next(iter(learned.values())))
     if fusion != "ensemble":

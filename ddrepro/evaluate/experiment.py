@@ -162,7 +162,8 @@ def snapshot_keeper(e: Experiment, real, folder: Path, snapshots):
         if t + 1 not in snapshots: return
         card = dict(method=e.method.spec(), dataset=real.name, data=real.fingerprint, seed=e.seed, at=t + 1)
         state = {f"S/{m}": x for m, x in S.items()}
-        distilled_from(state, e.method, real, tuple(range(len(real.classes))), card, ()).save(snapshot_path(folder, t + 1))
+        distilled_from(state, e.method, real, tuple(range(len(real.classes))), card, ()).save(
+            snapshot_path(folder, t + 1))
     return keep if snapshots else None
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-019
@@ -183,7 +184,8 @@ def distillation_run(
     with locked(folder, wait=wait):
         if refresh:
             for old in folder.glob("[!.]*"): old.unlink()
-        kept = finished_run(folder, e, real, compute, snapshots, told=True)     # another process may have made it meanwhile
+        # another process may have made it meanwhile
+        kept = finished_run(folder, e, real, compute, snapshots, told=True)
         if kept: return kept
         write_json(folder / "spec.json", spec)
         return make_run(e, real, folder, spec, store or store_folder(), compute, progress, snapshots)
@@ -252,8 +254,8 @@ def set_of(path: Path, real) -> DistilledData:
     return replace(DistilledData.load(path), classes=real.classes, signals=dict(real.signals))
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-020
-COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps", "samples",
-           "part", "fusion", "recipe", "net", "at", "draws", "run", "set", "digest"]
+COLUMNS = ["dataset", "method", "ipc", "factor", "modality", "seed", "eval_seed", "accuracy", "best", "steps",
+           "samples", "part", "fusion", "recipe", "net", "at", "draws", "run", "set", "digest"]
 
 ONE_NETWORK = ["set", "modality", "seed", "eval_seed"]
 
@@ -272,10 +274,13 @@ def all_rows(run: Run, e: Experiment) -> pd.DataFrame:
     "Rows already there, also those of sets that stood in this folder before"
     path = rows_path(run, e)
     if path.exists():
-        try: rows = pd.read_csv(io.StringIO(unsealed(path)), dtype={"run": str, "set": str, "digest": str}, keep_default_na=True)
+        try:
+            rows = pd.read_csv(io.StringIO(unsealed(path)), dtype={"run": str, "set": str, "digest": str},
+                               keep_default_na=True)
         except DamagedFile as damage: print(f"{damage}; evaluating again")
         else:
-            later = dict(draws=rows.get("draws", 0), set=rows["set"].fillna("") if "set" in rows else run.set)   # columns that came later
+            # columns that came later
+            later = dict(draws=rows.get("draws", 0), set=rows["set"].fillna("") if "set" in rows else run.set)
             return each_once(rows.assign(**later))
     return pd.DataFrame(columns=COLUMNS)
 
@@ -339,7 +344,8 @@ def distilled_all(
     return [runs[key] for key in keys]
 
 # %% ../../nbs/evaluate/06_experiment.ipynb #cell-021
-COMPUTE_NAMES = ("device", "precision", "compile", "compute", "checkpoint_every", "on_iteration", "classes")   # of `distill`
+# of `distill`
+COMPUTE_NAMES = ("device", "precision", "compile", "compute", "checkpoint_every", "on_iteration", "classes")
 
 def run_each(
     experiments: list, real, *,
@@ -354,7 +360,8 @@ def run_each(
     for name in compute or {}: choose("what compute names", name, COMPUTE_NAMES)
     if isinstance(experiments, Experiment): experiments = [experiments]
     experiments = [settled(e, real) for e in experiments]
-    done = distilled_all(experiments, real, diverged, refresh=refresh, runs=runs, store=store, compute=compute, progress=progress)
+    done = distilled_all(experiments, real, diverged, refresh=refresh, runs=runs, store=store,
+                         compute=compute, progress=progress)
     missing = missing_networks(experiments, done)
     shared = {rows_path(run, e): job_of(e, real, run, store or store_folder()) for e, run, _ in missing}
     jobs = [shared[rows_path(run, e)] | {"seeds": [(e.seed, k)]} for e, run, k in missing]
@@ -396,6 +403,7 @@ def labelled(e: Experiment, run: Run) -> pd.DataFrame:
     "The experiment's own rows under its table name, and whether other code than today's made them or their distilled set"
     task = TASKS[e.task]
     rows, today = stored_rows(run, e), experiment_digest(e.method, task)
-    certified = experiment_digest(e.method, TASKS[task.data]) if task.data else today     # certificates name the data's own task
+    # certificates name the data's own task
+    certified = experiment_digest(e.method, TASKS[task.data]) if task.data else today
     rows = rows[rows.eval_seed < e.eval_seeds].assign(row=e.name)
     return rows.assign(stale=(rows.digest != today) | (run.certificate["digest"] != certified))

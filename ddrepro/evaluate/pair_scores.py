@@ -65,7 +65,8 @@ def pair_job(
                   test_image_of=real.pairs(part).image_of, normalisation=real.normalisation["image"])
     check_same_texts(training["texts"], scored["test_texts"], spec)
     sizes = [tuple(x.shape[1:]) for x in (training["images"], scored["test_images"])]
-    if sizes[0] != sizes[1]: raise ValueError(f"{real.name}: pictures to train on have shape {sizes[0]}, those of {part} have {sizes[1]}")
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{real.name}: pictures to train on have shape {sizes[0]}, those of {part} have {sizes[1]}")
     return training | scored | dict(spec=spec, recipe=recipe, epochs=epochs)
 
 def real_pairs(real: PairData, spec: DualSpec, store=None) -> dict:
@@ -77,7 +78,8 @@ def real_pairs(real: PairData, spec: DualSpec, store=None) -> dict:
 def check_pair_request(real, part: str, epochs):
     "Raise TypeError or ValueError for what is not data with captions, a part, or a number of epochs"
     choose("part", part, PARTS)
-    if not isinstance(real, PairData): raise TypeError(f"real must be PairData, got {getattr(real, 'name', real)!r}, a {type(real).__name__}")
+    if not isinstance(real, PairData):
+        raise TypeError(f"real must be PairData, got {getattr(real, 'name', real)!r}, a {type(real).__name__}")
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 0):
         raise ValueError(f"epochs must be an integer of at least 0, got {epochs!r}")
 
@@ -89,14 +91,15 @@ def check_pair_set(
     made_of = distilled.card.get("data")
     if spec.text in TFIDF and made_of not in (None, real.fingerprint):
         raise ValueError("the texts of the set are embedded by a TF-IDF that was fitted on the captions of "
-                         f"{distilled.card.get('dataset', 'other data')}; {real.name} as given has other pictures or captions, "
-                         "so its texts mean something else there: evaluate on the data it was made of")
+                         f"{distilled.card.get('dataset', 'other data')}; {real.name} as given has other pictures or "
+                         "captions, so its texts mean something else there: evaluate on the data it was made of")
     if set(distilled.tensors) != {"image", "text"}:
         raise ValueError(f"a set of pairs has image and text, this one has {' and '.join(distilled.tensors)}")
     shapes = [tuple(x.shape[1:]) for x in (distilled.tensors["image"], getattr(real, part).images)]
     if shapes[0] != shapes[1]:
         size = " and ".join("×".join(map(str, shape)) for shape in shapes)
-        raise ValueError(f"a distilled image and one of {real.name} have unlike sizes, {size}; load the data at the size of the set")
+        raise ValueError(f"a distilled image and one of {real.name} have unlike sizes, {size}; "
+                         "load the data at the size of the set")
     method = distilled.card.get("method")
     made_with = method.get("text") if isinstance(method, dict) else None
     if made_with not in (None, spec.text):
@@ -113,8 +116,8 @@ def check_same_texts(
 ):
     "Raise ValueError where captions to score on are embedded in another space than the set's texts"
     if texts.shape[1] == test_texts.shape[1]: return
-    raise ValueError(f"the texts of the set have {texts.shape[1]} dimensions, those of the text encoder {spec.text!r} have "
-                     f"{test_texts.shape[1]}; evaluate with the text encoder they were made with")
+    raise ValueError(f"the texts of the set have {texts.shape[1]} dimensions, those of the text encoder {spec.text!r} "
+                     f"have {test_texts.shape[1]}; evaluate with the text encoder they were made with")
 
 # %% ../../nbs/evaluate/04_pair_scores.ipynb #cde9159b
 def score_pairs(job: dict, device: str = "cpu") -> list:

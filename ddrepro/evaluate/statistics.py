@@ -40,7 +40,8 @@ def paired_difference(
     error = difference.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     half = student.ppf((1 + confidence) / 2, n - 1) * error if n > 1 else np.nan
     p = two_sided(mean, error, n)
-    return dict(a=a, b=b, modality=modality, difference=mean, error=error, low=mean - half, high=mean + half, p=p, seeds=n)
+    return dict(a=a, b=b, modality=modality, difference=mean, error=error, low=mean - half,
+                high=mean + half, p=p, seeds=n)
 
 def two_sided(difference: float, error: float, seeds: int) -> float:
     "p-value of a mean difference, whichever sign it has"
@@ -94,7 +95,8 @@ def verdict(
 ) -> str:
     "'holds', 'fails' (b is better, or the two are further apart than the margin) or 'undecided'"
     if p_holm < ALPHA: return "holds" if claim.margin is not None or difference > 0 else "fails"
-    if claim.margin is not None and family * beyond(abs(difference) - claim.margin, error, seeds) < ALPHA: return "fails"
+    if claim.margin is not None and family * beyond(abs(difference) - claim.margin, error, seeds) < ALPHA:
+        return "fails"
     return "undecided"
 
 def compare(

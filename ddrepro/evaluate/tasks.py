@@ -103,7 +103,8 @@ class Task:
 def refuse_given(scoring: Scoring, task: str, *names):
     "Raise ValueError where something is asked for that a task does not have"
     for name in names:
-        if getattr(scoring, name) is not None: raise ValueError(f"{name} is not for {task}, got {getattr(scoring, name)!r}")
+        if getattr(scoring, name) is not None:
+            raise ValueError(f"{name} is not for {task}, got {getattr(scoring, name)!r}")
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #a8876df0
 class Classification(Task):
@@ -180,9 +181,11 @@ class ClassRetrieval(Task):
 
     def settled(self, scoring, real, origin, whole=False):
         refuse_given(scoring, self.name, "dual")
-        if scoring.fusion not in (None, "shared"): raise ValueError(f"fusion is not for {self.name}, got {scoring.fusion!r}")
+        if scoring.fusion not in (None, "shared"):
+            raise ValueError(f"fusion is not for {self.name}, got {scoring.fusion!r}")
         if scoring.targets not in (None, "hard"):
-            raise ValueError(f"targets of {self.name} are hard labels, for a margin needs one class a sample; got {scoring.targets!r:.60}")
+            raise ValueError(f"targets of {self.name} are hard labels, for a margin needs one class a sample; "
+                             f"got {scoring.targets!r:.60}")
         recipe = margin_recipe(scoring.recipe or ("avdd_whole_retrieval" if whole else "avdd_retrieval"))
         net = scoring.net or origin.net or "convnet"
         net_in_words(net)
@@ -190,14 +193,15 @@ class ClassRetrieval(Task):
         return replace(scoring, recipe=recipe, fusion="shared", net=net, width=scoring.width or origin.width or 128)
 
     def facts(self, scoring):
-        return dict(task=self.name, recipe=asdict(scoring.recipe), part=scoring.part, epochs=scoring.epochs, width=scoring.width,
-                    net=scoring.net)
+        return dict(task=self.name, recipe=asdict(scoring.recipe), part=scoring.part, epochs=scoring.epochs,
+                    width=scoring.width, net=scoring.net)
 
     def job(self, distilled, real, scoring, store=None):
         if distilled is not None and distilled.soft and scoring.targets is None:
-            raise ValueError(f"the set has soft labels, and the margin of {self.name} needs one class a sample; targets='hard' trains on "
-                             "its hard labels")
-        return av_retrieval_job(distilled, real, scoring.recipe, scoring.part, scoring.width, scoring.epochs, scoring.net)
+            raise ValueError(f"the set has soft labels, and the margin of {self.name} needs one class a sample; "
+                             "targets='hard' trains on its hard labels")
+        return av_retrieval_job(distilled, real, scoring.recipe, scoring.part, scoring.width,
+                                scoring.epochs, scoring.net)
 
     def score_each(self, jobs, device): return score_av_retrieval_each(jobs, device)
 
@@ -211,7 +215,8 @@ def task_of(
     task = TASKS[choose("task", name or real.task, TASKS)]
     served = task.data or task.name
     if served == real.task: return task
-    raise ValueError(f"task {task.name!r} is for data of {served}; {getattr(real, 'name', 'this set')} is for {real.task}")
+    raise ValueError(f"task {task.name!r} is for data of {served}; "
+                     f"{getattr(real, 'name', 'this set')} is for {real.task}")
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #4b16fb0a
 def evaluate(
@@ -231,7 +236,8 @@ def evaluate(
     task: str = None            # default the data's; "av_retrieval" asks which sounds and pictures are of one class
 ) -> pd.DataFrame:              # one row a network and measure
     "Score a distilled set: tidy rows with every single accuracy or recall"
-    if not hasattr(real, "task"): raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
+    if not hasattr(real, "task"):
+        raise TypeError(f"real must be RealData or PairData, such as load_data('digits'); got {real!r}")
     if epochs is not None: epochs = whole_number("epochs", epochs, 1)
     if width is not None: width = whole_number("width", width, 1)
     device = resolve_device(device)
@@ -271,6 +277,7 @@ def summarise(
         most = group.groupby("seed").eval_seed.nunique().max()
         return pd.Series(dict(mean=group.accuracy.mean(), std=group.accuracy.std(ddof=0),
                               std_of_means=means.std(ddof=0) if len(means) > 1 else float("nan"),
-                              seeds=f"{group.seed.nunique()} × {most}", steps=int(group.steps.max()), samples=int(group.samples.max())))
+                              seeds=f"{group.seed.nunique()} × {most}", steps=int(group.steps.max()),
+                              samples=int(group.samples.max())))
     rest = [c for c in rows.columns if c not in by]
     return rows.groupby(list(by), sort=False)[rest].apply(summary).reset_index()

@@ -37,7 +37,8 @@ class MarginRecipe(Recipe):
         for name, number in (("margin", margin), ("scale", scale)): object.__setattr__(self, name, number)
         if self.cutmix: raise ValueError(f"recipe {self.name} mixes batches (CutMix), and a margin is for one class")
         if self.rate is None:
-            raise ValueError(f"recipe {self.name} trains with rates learned with a set, which are for heads of their own; give it a rate")
+            raise ValueError(f"recipe {self.name} trains with rates learned with a set, "
+                             "which are for heads of their own; give it a rate")
 
 def with_margin(
     recipe: Recipe,
@@ -46,13 +47,15 @@ def with_margin(
     "The recipe for networks with a shared classifier"
     return MarginRecipe(**vars(recipe) | changes)
 
-MARGIN_RECIPES = {f"{name}_retrieval": with_margin(RECIPES[name], name=f"{name}_retrieval") for name in ("avdd", "avdd_whole")}
+MARGIN_RECIPES = {f"{name}_retrieval": with_margin(RECIPES[name], name=f"{name}_retrieval")
+                  for name in ("avdd", "avdd_whole")}
 
 def margin_recipe(recipe: MarginRecipe | str) -> MarginRecipe:
     "A MarginRecipe, or a registered one by name"
     if isinstance(recipe, MarginRecipe): return recipe
     if isinstance(recipe, Recipe):
-        raise ValueError(f"recipe {recipe.name} has no margin, and retrieval by class trains with one: with_margin(recipe) gives it one")
+        raise ValueError(f"recipe {recipe.name} has no margin, and retrieval by class trains with one: "
+                         "with_margin(recipe) gives it one")
     return MARGIN_RECIPES[choose("recipe", recipe, MARGIN_RECIPES)]
 
 # %% ../../nbs/nets/12_shared_classifier.ipynb #a04938be
@@ -109,7 +112,8 @@ def train_shared(
 ) -> int:                      # update steps taken
     "Train in place, with the batches, augmentations and rates of `train`"
     if labels.is_floating_point():
-        raise ValueError("a margin needs one class a sample, and these labels are probabilities; train on the set's hard labels")
+        raise ValueError("a margin needs one class a sample, and these labels are probabilities; "
+                         "train on the set's hard labels")
     optimiser = make_optimiser(dict(net.named_parameters()), recipe)
     base = [group["lr"] for group in optimiser.param_groups]
     steps = 0

@@ -55,7 +55,8 @@ AVDD_TABLES = {   # lines of the paper's tables
     "Table 1": ("Random", "Herding", "MTT", "DM", "Whole data"),
     "Table 2": ("DM, concat", "DM, sum", "DM, attention", "DM, ensemble"),
     "Table 3": ("Random", "Herding", "MTT", "DM", "AVDD", "Whole data"),
-    "Table 4": ("Random", "Herding", "Herding+Factor", "Herding+Factor+Base", "Herding+Factor+Base+JM", "Herding+Factor+Base+JM+MGM"),
+    "Table 4": ("Random", "Herding", "Herding+Factor", "Herding+Factor+Base", "Herding+Factor+Base+JM",
+                "Herding+Factor+Base+JM+MGM"),
     "Table 5": ("Random", "DM", "AVDD", "Whole data"),
 }
 DEFAULT_METHODS = ("random", "herding", "dm", "avdd", "whole")   # where neither methods nor tables are asked for
@@ -65,10 +66,12 @@ SELECTED_ALONE = ("Herding",)     # rows of Table 1 whose sets are others where 
 
 AVDD_CONTROLS = (CONTROL, "JM alone", "MGM alone")
 EQUAL_STEPS = ("Herding, equal steps", "DM, equal steps")
-BEARINGS = ("JM alone", "MGM alone", "Whole data")     # rows that only give bearings: fewer networks where seeds are few
+# rows that only give bearings: fewer networks where seeds are few
+BEARINGS = ("JM alone", "MGM alone", "Whole data")
 CONTROL_MARGIN = 1.   # points: about the standard deviation that the paper prints of AVDD's rows (0.9 to 1.8)
 AVDD_CLAIMS = [("Herding", "Random"), ("DM", "Herding"), ("AVDD", "DM"), ("AVDD", "DM, equal steps"),
-               ("AVDD", "Herding, equal steps"), Claim("AVDD", CONTROL, margin=CONTROL_MARGIN), ("AVDD", "JM alone"), ("AVDD", "MGM alone")]
+               ("AVDD", "Herding, equal steps"), Claim("AVDD", CONTROL, margin=CONTROL_MARGIN), ("AVDD", "JM alone"),
+               ("AVDD", "MGM alone")]
 
 # %% ../../nbs/papers/avdd.ipynb #6da47f22
 # experts that learn on a thousand small images
@@ -128,7 +131,8 @@ class AVDDSettings:
         return replace(self.method(name), recipe=stretched(self.recipe, epochs))
 
     def whole(self) -> Experiment:
-        return replace(self.experiment(None), recipe=replace(self.recipe, name=f"{self.recipe.name}_whole", augment=False))
+        return replace(self.experiment(None),
+                       recipe=replace(self.recipe, name=f"{self.recipe.name}_whole", augment=False))
 
     def rows(self, names) -> list:
         "Experiments of the named rows, one for every distillation seed; the whole data have none to vary"
@@ -157,7 +161,8 @@ class AVDDPaper(Paper):
     }
     counts = dict(ipc=1, iterations=0, draws=0, seeds=0, eval_seeds=0)
     tuned = AVDD_TUNED
-    methods = {"random": "Random", "herding": "Herding", "mtt": "MTT", "dm": "DM", "avdd": "AVDD", "whole": "Whole data"}
+    methods = {"random": "Random", "herding": "Herding", "mtt": "MTT", "dm": "DM", "avdd": "AVDD",
+               "whole": "Whole data"}
 
     def check(self, params):
         sets = sorted(name for name, e in entries().items() if set(e.modalities) == {"audio", "image"})
@@ -179,8 +184,9 @@ class AVDDPaper(Paper):
         profile, recipe = self.profiles[params["profile"]], RECIPES["avdd"]
         if profile["epochs"]: recipe = stretched(recipe, profile["epochs"])
         return AVDDSettings(params["dataset"], self.main_ipc(params), len(real.classes), profile["width"],
-                            self.value(params, "iterations"), self.value(params, "seeds"), self.value(params, "eval_seeds"), recipe,
-                            draws=params["draws"] or profile.get("draws", 0), modalities=tuple(real.modalities))
+                            self.value(params, "iterations"), self.value(params, "seeds"),
+                            self.value(params, "eval_seeds"), recipe, draws=params["draws"] or profile.get("draws", 0),
+                            modalities=tuple(real.modalities))
 
     def main_ipc(self, params, table: int = 4) -> int:
         "The IPC of what the paper shows at one alone: its own where it is asked for, else the largest"
@@ -239,7 +245,8 @@ def figure_cells(self: AVDDPaper, settings: AVDDSettings, lines: dict) -> list:
     "Figure 3: DM and AVDD from one start, at factor 1; distilled and not evaluated"
     start = dict(start_from=settings.configured("avdd").start_from, factor=1)
     names = [name for name in ("DM", "AVDD") if Line(name) in lines[""]]
-    return [Cell("Figure 3", replace(settings.experiment(settings.configured(name.lower(), **start)), label=name, seed=seed, eval_seeds=0))
+    return [Cell("Figure 3", replace(settings.experiment(settings.configured(name.lower(), **start)), label=name,
+                                     seed=seed, eval_seeds=0))
             for name in names for seed in range(settings.seeds)]
 
 # %% ../../nbs/papers/avdd.ipynb #67516205
@@ -249,20 +256,22 @@ def differences(self: AVDDPaper, plan) -> list:
     names, ipcs = {cell.experiment.label for cell in plan.cells}, plan.params["ipc"]
     sentences = []
     if self.published(dataset=real.name).empty:
-        sentences.append(f"The data set is {real.name}; the paper's are VGGS-10k and AVE. No published number refers to it, and none is "
-                         "printed beside ours.")
+        sentences.append(f"The data set is {real.name}; the paper's are VGGS-10k and AVE. No published number refers "
+                         "to it, and none is printed beside ours.")
     if s.width != p["width"]: sentences.append(f"All networks have width {s.width} instead of {p['width']}.")
     if s.iterations != p["iterations"]:
         sentences.append(f"{s.iterations} iterations of distillation instead of {p['iterations']:,}.")
     if s.draws: sentences.append(draws_sentence(s.draws, s.iterations))
     if (s.seeds, s.eval_seeds) != (p["seeds"], p["eval_seeds"]):
-        sentences.append(f"{s.seeds} × {s.eval_seeds} seeds (distillation × evaluation) instead of {p['seeds']} × {p['eval_seeds']}.")
+        sentences.append(f"{s.seeds} × {s.eval_seeds} seeds (distillation × evaluation) instead of {p['seeds']} × "
+                         f"{p['eval_seeds']}.")
     if s.recipe.epochs != RECIPES["avdd"].epochs:
         sentences.append(f"Evaluation trains for {s.recipe.epochs} epochs instead of {RECIPES['avdd'].epochs}.")
     for name in ("dm", "avdd"):
         rates = [self.tuned_for(s.dataset, name, ipc).get("lr", AVDD.lr) for ipc in ipcs]
         if set(rates) == {AVDD.lr}: continue
-        said = f"{rates[0]:g}" if len(set(rates)) == 1 else ", ".join(f"{rate:g} at IPC {ipc}" for rate, ipc in zip(rates, ipcs))
+        said = (f"{rates[0]:g}" if len(set(rates)) == 1
+                else ", ".join(f"{rate:g} at IPC {ipc}" for rate, ipc in zip(rates, ipcs)))
         sentences.append(f"The rate of {name} is {said}, tuned on validation, instead of {AVDD.lr:g}.")
     if "MTT" in names: sentences += dict.fromkeys(mtt_settings(replace(s, ipc=ipc).configured("mtt")) for ipc in ipcs)
     for table, printed in PRINTED_AT.items():
@@ -270,26 +279,30 @@ def differences(self: AVDDPaper, plan) -> list:
         if table in plan.params["table"] and ours != printed:
             sentences.append(f"Table {table} is at IPC {ours}; the paper's is at IPC {printed}.")
     if 5 in plan.params["table"]:
-        sentences.append("Table 5's margin of 0.5 and scale of 30 are ours; the paper prints neither, and its code was not released (D-AV-16).")
+        sentences.append("Table 5's margin of 0.5 and scale of 30 are ours; the paper prints neither, "
+                         "and its code was not released (D-AV-16).")
     return sentences + data_differences(real)
 
 def mtt_settings(method) -> str:
     "What nobody published about MTT on audio-visual data, in a sentence"
-    return (f"The paper prints no settings of MTT. Here each sense has {method.experts} experts of {method.expert_epochs} epochs, students of "
-            f"{method.steps} steps against {method.span} epoch(s) of an expert, and rates of {method.lr:g} for the samples and "
-            f"{method.lr_rate:g} for the learned rate, which evaluation uses.")
+    return (f"The paper prints no settings of MTT. Here each sense has {method.experts} experts of "
+            f"{method.expert_epochs} epochs, students of {method.steps} steps against {method.span} epoch(s) of an "
+            f"expert, and rates of {method.lr:g} for the samples and {method.lr_rate:g} for the learned rate, "
+            "which evaluation uses.")
 
 def data_differences(real) -> list:
     "Sentences on what is done with the data otherwise than in the paper, or is not said there"
     sentences = []
     if real.strategy != "color_crop_cutout_flip_scale_rotate":
         sentences.append("Augmentation does not flip, because a flipped digit is another sign.")
-    sentences.append(f"Validation, {len(real.validation):,} pairs, was carved from the training part; the authors train on all of it. "
-                     "Herding lists are computed here, for every distillation seed; the authors use one list whose networks are not "
-                     "published. The whole data train without augmentation, which the paper does not say.")
+    sentences.append(f"Validation, {len(real.validation):,} pairs, was carved from the training part; the authors "
+                     "train on all of it. Herding lists are computed here, for every distillation seed; the authors "
+                     "use one list whose networks are not published. The whole data train without augmentation, "
+                     "which the paper does not say.")
     if any(max(s) <= 64 for s in real.shapes.values()):
         sizes = ", ".join(f"{m} {'×'.join(map(str, s))}" for m, s in real.shapes.items())
-        sentences.append(f"Samples are small ({sizes}), so both branches are ConvNet-3 instead of the audio ConvNet and ConvNet-5.")
+        sentences.append(f"Samples are small ({sizes}), so both branches are ConvNet-3 instead of the audio ConvNet "
+                         "and ConvNet-5.")
     return sentences
 
 AVDD_PAPER = register_paper(AVDDPaper())
@@ -320,12 +333,13 @@ def compared_over(
     if not len(found): return found
     said = {(claim.a, claim.b): (plain, ipc) for claim, (plain, ipc) in at_ipc.items()}
     plain = [said[r.a, r.b] for r in found.itertuples()]
-    return found.assign(ipc=[ipc for _, ipc in plain], a=[f"IPC {ipc}: {c.a}" for c, ipc in plain], b=[c.b for c, _ in plain],
-                        claim=[f"IPC {ipc}: {c.sentence}" for c, ipc in plain])
+    return found.assign(ipc=[ipc for _, ipc in plain], a=[f"IPC {ipc}: {c.a}" for c, ipc in plain],
+                        b=[c.b for c, _ in plain], claim=[f"IPC {ipc}: {c.sentence}" for c, ipc in plain])
 
 # %% ../../nbs/papers/avdd.ipynb #dc75ee99
 @patch
-def claims_at(self: AVDDPaper, place: str) -> tuple: return tuple(AVDD_CLAIMS) if place in ("", "Table 1", "Table 3") else ()
+def claims_at(self: AVDDPaper, place: str) -> tuple:
+    return tuple(AVDD_CLAIMS) if place in ("", "Table 1", "Table 3") else ()
 
 @patch
 def claimed_in(self: AVDDPaper, rows: pd.DataFrame) -> tuple: return ("AV",)
@@ -334,7 +348,8 @@ def claimed_in(self: AVDDPaper, rows: pd.DataFrame) -> tuple: return ("AV",)
 def difficulty(real, runs=None) -> pd.DataFrame:
     "Validation rows of random and herding at IPC 1 and of the whole data, with the quick profile's networks"
     p = AVDD_PAPER.profiles["quick"]
-    settings = AVDDSettings(real.name, 1, len(real.classes), p["width"], p["iterations"], seeds=5, eval_seeds=3, part="validation")
+    settings = AVDDSettings(real.name, 1, len(real.classes), p["width"], p["iterations"], seeds=5,
+                            eval_seeds=3, part="validation")
     rows = settings.rows(["Random", "Herding", "Whole data"])
     return run_all([e for e in rows if e.seed == 0], real, runs=runs)
 

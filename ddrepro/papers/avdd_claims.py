@@ -92,13 +92,15 @@ def of_retrieval(scores: dict) -> list:
     for ipc in sorted({ipc for _, ipc, measure in scores if ipc and measure in AV_MEASURES}):
         for measure in AV_MEASURES:
             signed = {key: -of if measure.endswith("MedR") else of for key, of in scores.items() if key[2] == measure}
-            found += between(signed, "retrieval", ipc, ("AVDD", measure), ("DM", measure), f"AVDD better than DM, {measure}")
+            found += between(signed, "retrieval", ipc, ("AVDD", measure), ("DM", measure),
+                             f"AVDD better than DM, {measure}")
     return found
 
 # %% ../../nbs/papers/avdd_claims.ipynb #618af6bf
 def way_gone(start: DistilledData, end: DistilledData) -> dict:   # modality → distance
     "Root mean square change, in standard deviations of the values at the start"
-    change = lambda m: (end.tensors[m] - start.tensors[m]).double().square().mean().sqrt() / start.tensors[m].double().std()
+    change = lambda m: ((end.tensors[m] - start.tensors[m]).double().square().mean().sqrt()
+                        / start.tensors[m].double().std())
     return {m: change(m).item() for m in end.tensors}
 
 def ways_gone(
@@ -122,7 +124,8 @@ def of_distances(distances: pd.DataFrame) -> list:
     for m, of_modality in distances[distances.row == "AVDD"].groupby("modality", sort=False):
         way = {ipc: of_ipc.set_index("seed").distance for ipc, of_ipc in of_modality.groupby("ipc")}
         for low, high in pairwise(sorted(way)):
-            found.append(Comparison("near", f"IPC {low}, {high}", f"{m} goes further at {low} than at {high}", way[low], way[high]))
+            found.append(Comparison("near", f"IPC {low}, {high}", f"{m} goes further at {low} than at {high}",
+                                    way[low], way[high]))
     return found
 
 # %% ../../nbs/papers/avdd_claims.ipynb #3fe3511f
@@ -167,7 +170,8 @@ def of_gaps(gaps: pd.DataFrame) -> list:
     found = []
     for (m, ipc), here in gaps.groupby(["modality", "ipc"], sort=False):
         of = {row: -own.set_index("seed").gap for row, own in here.groupby("row")}
-        if {"AVDD", "DM"} <= set(of): found.append(Comparison("resembles", f"IPC {ipc}", f"{m} of AVDD nearer than of DM", of["AVDD"], of["DM"]))
+        if {"AVDD", "DM"} <= set(of):
+            found.append(Comparison("resembles", f"IPC {ipc}", f"{m} of AVDD nearer than of DM", of["AVDD"], of["DM"]))
     return found
 
 # %% ../../nbs/papers/avdd_claims.ipynb #c2e72ac2
@@ -183,7 +187,8 @@ def alone_where_known(rows: pd.DataFrame) -> pd.DataFrame:
 def comparisons_of(rows: pd.DataFrame, distances: pd.DataFrame = None, gaps: pd.DataFrame = None) -> list:
     "Every comparison that the rows and measurements of a report allow"
     by_class = rows[rows.modality.isin(AV_MEASURES)]
-    found = of_tables(seed_scores(alone_where_known(rows[~rows.modality.isin(AV_MEASURES)]))) + of_retrieval(seed_scores(by_class))
+    found = (of_tables(seed_scores(alone_where_known(rows[~rows.modality.isin(AV_MEASURES)])))
+             + of_retrieval(seed_scores(by_class)))
     if distances is not None: found += of_distances(distances)
     if gaps is not None: found += of_gaps(gaps)
     return found
@@ -202,8 +207,10 @@ def paper_claims(
         values = [pd.DataFrame(dict(row=f"{side}{i}", modality="", seed=of.index, accuracy=of.values))
                   for i, c in enumerate(here) for side, of in (("a", c.first), ("b", c.second))]
         tests = compare(pd.concat(values), [(f"a{i}", f"b{i}") for i in range(len(here))], "")
-        tests = tests.assign(place=place, statement=[c.statement for c in here], at=[c.at for c in here], claim=[c.said for c in here])
-        tables.append(tests[["place", "statement", "at", "claim", "difference", "low", "high", "p_holm", "seeds", "verdict"]])
+        tests = tests.assign(place=place, statement=[c.statement for c in here], at=[c.at for c in here],
+                             claim=[c.said for c in here])
+        tables.append(
+            tests[["place", "statement", "at", "claim", "difference", "low", "high", "p_holm", "seeds", "verdict"]])
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../../nbs/papers/avdd_claims.ipynb #0b960ac4
@@ -211,7 +218,8 @@ def in_all(claims: pd.DataFrame) -> str:
     "The verdict on a statement: of all its comparisons, or how many of each"
     counts = claims.verdict.value_counts()
     if len(counts) == 1: return counts.index[0]
-    return ", ".join(f"{word} in {counts[word]}" for word in ("holds", "fails", "undecided") if word in counts) + f" of {len(claims)}"
+    return (", ".join(f"{word} in {counts[word]}" for word in ("holds", "fails", "undecided") if word in counts)
+            + f" of {len(claims)}")
 
 def printed_comparisons() -> pd.DataFrame:
     "What the paper's own printed means come to: statement, dataset, claim, difference"
@@ -222,7 +230,8 @@ def printed_comparisons() -> pd.DataFrame:
     rows = rows.assign(accuracy=rows["mean"], seed=0, ipc=rows.ipc.astype(int)).drop(columns="mean")
     for dataset, own in rows.groupby("dataset", sort=False):
         for c in printed_only(own):
-            lines.append(dict(statement=c.statement, dataset=dataset, at=c.at, claim=c.said, difference=(c.first - c.second).item()))
+            lines.append(dict(statement=c.statement, dataset=dataset, at=c.at, claim=c.said,
+                              difference=(c.first - c.second).item()))
     return pd.DataFrame(lines)
 
 def printed_only(rows: pd.DataFrame) -> list:
@@ -238,8 +247,10 @@ def statements_table(claims: pd.DataFrame) -> pd.DataFrame:
     printed, lines = printed_comparisons(), []
     for key, (place, words) in STATEMENTS.items():
         here, theirs = claims[claims.statement == key] if len(claims) else claims, printed[printed.statement == key]
-        line = {"in the paper": place, "it says that": words, "comparisons": len(here), "in its direction": "–", "verdict": "not measured"}
-        if len(here): line |= {"in its direction": f"{(here.difference > 0).sum()} of {len(here)}", "verdict": in_all(here)}
+        line = {"in the paper": place, "it says that": words, "comparisons": len(here), "in its direction": "–",
+                "verdict": "not measured"}
+        if len(here):
+            line |= {"in its direction": f"{(here.difference > 0).sum()} of {len(here)}", "verdict": in_all(here)}
         line["in the paper’s own means"] = f"{(theirs.difference > 0).sum()} of {len(theirs)}" if len(theirs) else "–"
         lines.append(line)
     return pd.DataFrame(lines)

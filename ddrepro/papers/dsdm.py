@@ -28,8 +28,9 @@ from . import register_paper
 from .plan import LAPTOP_DRAWS, Cell, Line, Paper, Plan, as_in_tables, compared, draws_sentence
 
 # %% ../../nbs/papers/dsdm.ipynb #154db36c
-DSDM_METHODS = {"Random": "random", "Herding": "herding", "K-Center": "kcenter", "DD": "dd", "DC": "dc", "DSA": "dsa", "CAFE": "cafe",
-                "CAFE+DSA": "cafe_dsa", "DM": "dm", "IDM": "idm", "M3D": "m3d", "DSDM": "dsdm", "Whole data": "whole"}
+DSDM_METHODS = {"Random": "random", "Herding": "herding", "K-Center": "kcenter", "DD": "dd", "DC": "dc",
+                "DSA": "dsa", "CAFE": "cafe", "CAFE+DSA": "cafe_dsa", "DM": "dm", "IDM": "idm", "M3D": "m3d",
+                "DSDM": "dsdm", "Whole data": "whole"}
 DSDM_ROWS = {1: tuple(DSDM_METHODS), 2: ("Random", "Herding", "DM", "DSA", "DSDM"), 3: ("Random", "DM", "DSDM")}
 DSDM_CONTROLS = ("DM, equal steps", "DSDM without factor")
 ABLATION = {"L_proto": dict(source="random", lambda_sd=0., lambda_h=0.), "+ pool": dict(lambda_sd=0., lambda_h=0.),
@@ -38,7 +39,8 @@ ARCHITECTURES = {"ConvNet-3": "convnet", "ResNet-10": "resnet10", "DenseNet-121"
 SWEPT = {5: ("pool_epochs", "models"), 6: ("lambda_sd", "lambda_h")}
 SHOWN = {3: ("DSDM",), 7: ("DM", "DSDM"), 8: ("DM", "DSDM")}     # figures that show the sets of the first seed
 
-DSDM_CLAIMS = [("Herding", "Random"), ("DM", "Herding"), ("DSDM", "DM"), ("DSDM", "DM, equal steps"), ("DSDM", "DSDM without factor")]
+DSDM_CLAIMS = [("Herding", "Random"), ("DM", "Herding"), ("DSDM", "DM"), ("DSDM", "DM, equal steps"),
+               ("DSDM", "DSDM without factor")]
 ABLATION_CLAIMS = list(zip(list(ABLATION)[1:], ABLATION))
 
 DSDM_TUNED = {   # best validation accuracy in the quick profile, distillation seed 100
@@ -62,7 +64,8 @@ def is_known(row: str) -> bool:
 
 def rows_to_ask() -> list:
     "Rows that a request may name: the paper's, the controls, and registered methods on classes that are not among them"
-    others = [name for name, cls in registered().items() if "classification" in cls.tasks and name not in DSDM_METHODS.values()]
+    others = [name for name, cls in registered().items()
+              if "classification" in cls.tasks and name not in DSDM_METHODS.values()]
     return [*DSDM_METHODS, *DSDM_CONTROLS, *others]
 
 # %% ../../nbs/papers/dsdm.ipynb #c85c204e
@@ -132,19 +135,23 @@ class DSDMSettings:
 
 # %% ../../nbs/papers/dsdm.ipynb #14d50af8
 DSDM_PROFILES = {
-    "test": dict(width=8, iterations=4, batch=16, models=2, pool_epochs=1, pool_batch=64, epochs=2, seeds=1, eval_seeds=1, points=2,
-                 nets=("ConvNet-3", "ResNet-10"), ipc={"image": [2], "sound": [2]}, sweep_ipc=2,
+    "test": dict(width=8, iterations=4, batch=16, models=2, pool_epochs=1, pool_batch=64, epochs=2, seeds=1,
+                 eval_seeds=1, points=2, nets=("ConvNet-3", "ResNet-10"), ipc={"image": [2], "sound": [2]}, sweep_ipc=2,
                  sweeps=dict(pool_epochs=[1, 2], models=[1, 2], lambda_sd=[0.01, 50.], lambda_h=[0., .2])),
-    "quick": dict(width=16, iterations=100, batch=64, models=5, pool_epochs=10, pool_batch=32, epochs=60, cross_steps=40, seeds=1,
-                  eval_seeds=2, points=5, nets=tuple(ARCHITECTURES), ipc={"image": [1, 10], "sound": [10, 20]}, sweep_ipc=10,
+    "quick": dict(width=16, iterations=100, batch=64, models=5, pool_epochs=10, pool_batch=32, epochs=60,
+                  cross_steps=40, seeds=1, eval_seeds=2, points=5, nets=tuple(ARCHITECTURES),
+                  ipc={"image": [1, 10], "sound": [10, 20]}, sweep_ipc=10,
                   sound=dict(iterations=40, batch=32, epochs=40),
-                  sweeps=dict(pool_epochs=[1, 5, 10], models=[1, 3, 5], lambda_sd=[0.01, 10., 50., 100.], lambda_h=[0., .2, 2.])),
-    "paper": dict(width=128, iterations=10_000, batch=256, models=10, pool_epochs=20, pool_batch=256, epochs=1500, seeds=5, eval_seeds=1,
-                  points=10, nets=tuple(ARCHITECTURES), ipc={"image": [1, 10, 50], "sound": [10, 20]}, sweep_ipc=50,
-                  sweeps=dict(pool_epochs=[1, 5, 10, 15, 20, 25, 30], models=[1, 5, 10, 20], lambda_sd=[0.01, 10., 25., 50., 75., 100.],
-                              lambda_h=[0., .1, .2, .5, 1.])),
+                  sweeps=dict(pool_epochs=[1, 5, 10], models=[1, 3, 5], lambda_sd=[0.01, 10., 50., 100.],
+                              lambda_h=[0., .2, 2.])),
+    "paper": dict(width=128, iterations=10_000, batch=256, models=10, pool_epochs=20, pool_batch=256, epochs=1500,
+                  seeds=5, eval_seeds=1, points=10, nets=tuple(ARCHITECTURES),
+                  ipc={"image": [1, 10, 50], "sound": [10, 20]}, sweep_ipc=50,
+                  sweeps=dict(pool_epochs=[1, 5, 10, 15, 20, 25, 30], models=[1, 5, 10, 20],
+                              lambda_sd=[0.01, 10., 25., 50., 75., 100.], lambda_h=[0., .1, .2, .5, 1.])),
 }
-DSDM_PROFILES["laptop"] = DSDM_PROFILES["paper"] | dict(draws=LAPTOP_DRAWS)     # the published setting but for the draws
+# the published setting but for the draws
+DSDM_PROFILES["laptop"] = DSDM_PROFILES["paper"] | dict(draws=LAPTOP_DRAWS)
 DSDM_TABLES = (1, 2, 3, 4)
 DSDM_FIGURES = (3, 4, 5, 6, 7, 8)
 
@@ -153,7 +160,8 @@ class DSDMPaper(Paper):
     title = "Diversified semantic distribution matching for dataset distillation (DSDM, ACM MM 2024)"
     rows = ("DSDM",)
     profiles = DSDM_PROFILES
-    counts = dict(iterations=0, draws=0, models=0, pool_epochs=0, epochs=0, seeds=0, eval_seeds=0, train_per_class=0, ipc=1)
+    counts = dict(iterations=0, draws=0, models=0, pool_epochs=0, epochs=0, seeds=0, eval_seeds=0, train_per_class=0,
+                  ipc=1)
     tuned = DSDM_TUNED
     sets = {"image": "digits", "sound": "spoken_digits"}                    # where none is named
     paper_sets = {"image": "cifar10", "sound": "mini_speech_commands"}      # in the profile "paper"
@@ -161,7 +169,8 @@ class DSDMPaper(Paper):
 # %% ../../nbs/papers/dsdm.ipynb #7a2d3658
 @patch
 def check(self: DSDMPaper, params: dict):
-    images, sounds = (sorted(n for n, e in entries().items() if tuple(e.modalities) == (m,) and e.task == "classification")
+    images, sounds = (sorted(n for n, e in entries().items()
+                             if tuple(e.modalities) == (m,) and e.task == "classification")
                       for m in ("image", "audio"))
     for dataset in params["dataset"]: choose("dataset", dataset, images)
     if params["speech"]: choose("speech", params["speech"], sounds)
@@ -176,10 +185,12 @@ def check_own_folder(paper: DSDMPaper, params: dict):
     "Raise ValueError where a folder is needed and not given, or given and not read"
     folder, asked = params.get("folder", ""), [name for name in paper.data_sets(params) if name in OWN_FOLDERS]
     if len(asked) > 1: raise ValueError(f"one folder cannot be both {' and '.join(asked)}; run one after the other")
-    if asked and not folder: raise ValueError(f"{asked[0]} needs folder, which holds a folder for each class: -p folder photos")
+    if asked and not folder:
+        raise ValueError(f"{asked[0]} needs folder, which holds a folder for each class: -p folder photos")
     if folder and not asked:
-        raise ValueError(f"folder is for image_folder and sound_folder; got folder={folder!r} and dataset={params['dataset'] or 'none'}. "
-                         f"To use it: -p dataset image_folder -p folder {folder}")
+        raise ValueError(f"folder is for image_folder and sound_folder; got folder={folder!r} and "
+                         f"dataset={params['dataset'] or 'none'}. To use it: "
+                         f"-p dataset image_folder -p folder {folder}")
 
 def own_options(name: str, params: dict) -> dict:
     "Options of a data set that is read from a folder of one's own; none for others"
@@ -207,7 +218,8 @@ def data_sets(self: DSDMPaper, params: dict) -> list:
 def load(self: DSDMPaper, params: dict) -> list:
     loaded = []
     for name in self.data_sets(params):
-        options, cut = own_options(name, params), params["train_per_class"] and name not in self.sets.values()   # those are small, and whole
+        # those are small, and whole
+        options, cut = own_options(name, params), params["train_per_class"] and name not in self.sets.values()
         if cut: options["train_per_class"] = params["train_per_class"]
         loaded.append(load_data(name, **options))
     return loaded
@@ -217,10 +229,11 @@ def settings(self: DSDMPaper, params: dict, real) -> DSDMSettings:
     profile = self.profiles[params["profile"]]
     if real.signals: profile = profile | profile.get("sound", {})
     value = lambda name: params.get(name) or profile[name]
-    return DSDMSettings(real.name, len(real.classes), bool(real.signals), profile["width"], value("iterations"), profile["batch"],
-                        value("models"), value("pool_epochs"), profile["pool_batch"], value("epochs"), profile.get("cross_steps"),
-                        value("seeds"), value("eval_seeds"), own_recipes=params["own_recipes"],
-                        draws=params["draws"] or profile.get("draws", 0), real=real)
+    return DSDMSettings(real.name, len(real.classes), bool(real.signals), profile["width"], value("iterations"),
+                        profile["batch"], value("models"), value("pool_epochs"), profile["pool_batch"], value("epochs"),
+                        profile.get("cross_steps"), value("seeds"), value("eval_seeds"),
+                        own_recipes=params["own_recipes"], draws=params["draws"] or profile.get("draws", 0),
+                        real=real)
 
 # %% ../../nbs/papers/dsdm.ipynb #9ad18109
 @patch
@@ -233,7 +246,8 @@ def lines(self: DSDMPaper, params: dict, settings: DSDMSettings, first: bool) ->
         if table == 3: rows = [row for row in rows if row not in (*DSDM_CONTROLS, "Whole data") and is_known(row)]
         missing = lambda row: "" if row in DSDM_CONTROLS or is_known(row) else "no method of this name yet"
         lines[f"Table {table}"] = [Line(row, missing=missing(row)) for row in rows]
-    if first and not settings.sounds and 4 in self.tables(params): lines["Table 4"] = [Line(name, changes) for name, changes in ABLATION.items()]
+    if first and not settings.sounds and 4 in self.tables(params):
+        lines["Table 4"] = [Line(name, changes) for name, changes in ABLATION.items()]
     return lines
 
 @patch
@@ -242,16 +256,19 @@ def cells(self: DSDMPaper, params: dict, settings: DSDMSettings, lines: dict, fi
     ipcs = params["ipc"] or profile["ipc"]["sound" if s.sounds else "image"]
     main, cells = 10 if 10 in ipcs else ipcs[-1], []
     for table in (1, 2):
-        if f"Table {table}" in lines: cells += result_cells(s, table, lines[f"Table {table}"], ipcs, controls=params["controls"] and table == 1)
+        if f"Table {table}" in lines:
+            cells += result_cells(s, table, lines[f"Table {table}"], ipcs, controls=params["controls"] and table == 1)
     if s.sounds or not first: return cells
     if "Table 3" in lines: cells += cross_cells(s, main, profile["nets"], lines["Table 3"])
     if "Table 4" in lines: cells += ablation_cells(s, [i for i in ipcs if i > 1] or ipcs, lines["Table 4"])
     swept_at = params["ipc"] and main or profile["sweep_ipc"]
     for figure in self.figures(params):
         if figure == 4: cells += progress_cells(s, main, profile["points"])
-        for name in SWEPT.get(figure, ()): cells += sweep_cells(s, swept_at, f"Figure {figure}", name, profile["sweeps"][name])
+        for name in SWEPT.get(figure, ()):
+            cells += sweep_cells(s, swept_at, f"Figure {figure}", name, profile["sweeps"][name])
     for figure in self.figures(params):
-        for label in SHOWN.get(figure, ()): cells.append(Cell(f"Figure {figure}", s.experiment(DSDM_METHODS[label], main, label, 0)))
+        for label in SHOWN.get(figure, ()):
+            cells.append(Cell(f"Figure {figure}", s.experiment(DSDM_METHODS[label], main, label, 0)))
     return cells
 
 # %% ../../nbs/papers/dsdm.ipynb #1ece0bf3
@@ -274,7 +291,8 @@ def control_cells(s: DSDMSettings, ipc: int, place: str) -> list:
     for seed in range(s.seeds):
         dm = s.experiment("dm", ipc, "DM, equal steps", seed)
         epochs = equal_steps_epochs(samples, samples * s.configured("dsdm", ipc).factor**2, dm.recipe)
-        if epochs > dm.recipe.epochs: cells.append(Cell(place, replace(dm, recipe=stretched(dm.recipe, epochs))))     # one batch holds both at small IPC
+        # one batch holds both at small IPC
+        if epochs > dm.recipe.epochs: cells.append(Cell(place, replace(dm, recipe=stretched(dm.recipe, epochs))))
     return cells
 
 def in_steps(e: Experiment, s: DSDMSettings) -> Experiment:
@@ -305,7 +323,8 @@ def ablation_cells(s: DSDMSettings, ipcs: list, lines: list) -> list:
 def progress_cells(s: DSDMSettings, ipc: int, points: int) -> list:
     "Figure 4: accuracy along distillation"
     cells = []
-    for label, name, changes in (("DM", "dm", {}), ("DSDM without factor", "dsdm", dict(factor=1)), ("DSDM", "dsdm", {})):
+    for label, name, changes in (("DM", "dm", {}), ("DSDM without factor", "dsdm", dict(factor=1)),
+                                 ("DSDM", "dsdm", {})):
         for seed in range(s.seeds):
             e = s.experiment(name, ipc, label, seed, **changes)
             marks = sorted({max(1, e.method.iterations * (i + 1) // points) for i in range(points)})
@@ -337,10 +356,13 @@ def claims_at(self: DSDMPaper, place: str) -> tuple:
     return tuple(ABLATION_CLAIMS) if place == "Table 4" else ()
 
 # %% ../../nbs/papers/dsdm.ipynb #61dedb12
-BEST_OF_FOUR = ("Headlines are the last epoch of the last set. The paper's code reports the best of four test epochs of a hundred sets "
-                "(D-DSDM-8); the best of four epochs of the last set has its own column in Tables 1 and 2.")
-COUNTED = {"width": "width {:,}", "iterations": "{:,} iterations", "batch": "real batches of {:,}", "models": "a pool of {:,} networks",
-           "pool_epochs": "pre-trained for {:,} epochs", "pool_batch": "in batches of {:,}", "epochs": "evaluation for {:,} epochs"}
+BEST_OF_FOUR = ("Headlines are the last epoch of the last set. The paper's code reports the best of four test epochs "
+                "of a hundred sets (D-DSDM-8); the best of four epochs of the last set has its own column in "
+                "Tables 1 and 2.")
+COUNTED = {"width": "width {:,}", "iterations": "{:,} iterations", "batch": "real batches of {:,}",
+           "models": "a pool of {:,} networks", "pool_epochs": "pre-trained for {:,} epochs",
+           "pool_batch": "in batches of {:,}",
+           "epochs": "evaluation for {:,} epochs"}
 
 @patch
 def differences(self: DSDMPaper, plan: Plan) -> list:
@@ -349,7 +371,9 @@ def differences(self: DSDMPaper, plan: Plan) -> list:
         methods = {cell.experiment.method.name for cell in part.cells if cell.experiment.method}
         sentences += self.differences_on(part.settings, part.real, methods)
     swept = {cell.experiment.method.ipc for cell in plan.cells if cell.place in ("Figure 5", "Figure 6")}
-    if swept - {50}: sentences.append(f"Figures 5 and 6 are swept at IPC {', '.join(map(str, sorted(swept)))}; the paper's are at IPC 50 (D-DSDM-20).")
+    if swept - {50}:
+        sentences.append(f"Figures 5 and 6 are swept at IPC {', '.join(map(str, sorted(swept)))}; "
+                         "the paper's are at IPC 50 (D-DSDM-20).")
     return [*sentences, BEST_OF_FOUR]
 
 @patch
@@ -357,21 +381,28 @@ def differences_on(self: DSDMPaper, s: DSDMSettings, real, methods=("dm", "dsdm"
     "Sentences on one data set; of rates and draws only those of `methods`"
     p, sentences = self.profiles["paper"], []
     if self.published(dataset=real.name).empty:
-        sentences.append("no number of the paper that we could read refers to this data set, and none is printed beside ours.")
+        sentences.append("no number of the paper that we could read refers to this data set, "
+                         "and none is printed beside ours.")
     if remark := real.about.get("remark"): sentences.append(f"{remark}.")
-    numbers = [f"{text.format(getattr(s, what))} (paper {p[what]:,})" for what, text in COUNTED.items() if getattr(s, what) != p[what]]
+    numbers = [f"{text.format(getattr(s, what))} (paper {p[what]:,})" for what, text in COUNTED.items()
+               if getattr(s, what) != p[what]]
     if (s.seeds, s.eval_seeds) != (p["seeds"], p["eval_seeds"]):
-        numbers.append(f"{s.seeds} × {s.eval_seeds} seeds, distillation × evaluation (paper {p['seeds']} × {p['eval_seeds']})")
-    if s.cross_steps: numbers.append(f"other architectures trained for about {s.cross_steps} steps, one network for each set")
+        numbers.append(f"{s.seeds} × {s.eval_seeds} seeds, "
+                       f"distillation × evaluation (paper {p['seeds']} × {p['eval_seeds']})")
+    if s.cross_steps:
+        numbers.append(f"other architectures trained for about {s.cross_steps} steps, one network for each set")
     if numbers: sentences.append(f"{', '.join(numbers)}.")
     drawn = sorted(name for name in methods if "draws" in registered()[name].__dataclass_fields__)
-    if s.draws and drawn: sentences.append(f"{draws_sentence(s.draws, s.iterations)} So {' and '.join(drawn)}; other rows know no draws.")
-    elif s.draws: sentences.append("draws are asked for, and no method of these rows knows them: all of them draw anew.")
+    if s.draws and drawn:
+        sentences.append(f"{draws_sentence(s.draws, s.iterations)} So {' and '.join(drawn)}; other rows know no draws.")
+    elif s.draws:
+        sentences.append("draws are asked for, and no method of these rows knows them: all of them draw anew.")
     for (dataset, name), by_ipc in self.tuned.items():
         if dataset != s.dataset or name not in methods: continue
         rates = ", ".join(f"{tuned['lr']:g} from IPC {ipc}" for ipc, tuned in by_ipc.items())
         sentences.append(f"the rate of {name} is {rates}, tuned on validation.")
-    sentences.append(f"validation, {len(real.validation):,} samples, was carved from the training part; {len(real.train):,} are left to distil.")
+    sentences.append(f"validation, {len(real.validation):,} samples, was carved from the training part; "
+                     f"{len(real.train):,} are left to distil.")
     return [f"{real.name}: {sentence}" for sentence in sentences]
 
 DSDM_PAPER = register_paper(DSDMPaper())

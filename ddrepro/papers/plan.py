@@ -33,8 +33,8 @@ LAPTOP_DRAWS = 300   # K of the profile "laptop"
 
 def draws_sentence(draws: int, iterations: int) -> str:
     "What finitely many draws differ in from the papers"
-    return (f"Matching uses {draws} draws of network, real batch and augmentation again and again, instead of a new one in each of "
-            f"{iterations:,} iterations; the draws are the same for all seeds (E-17).")
+    return (f"Matching uses {draws} draws of network, real batch and augmentation again and again, instead of a new "
+            f"one in each of {iterations:,} iterations; the draws are the same for all seeds (E-17).")
 
 # %% ../../nbs/papers/plan.ipynb #47b5bc4a
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def check_device(device: str):
     if not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for and torch finds no CUDA GPU; use 'cpu' or 'auto'")
     if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} was asked for and torch finds {torch.cuda.device_count()} CUDA GPU(s), counted from cuda:0")
+        raise ValueError(f"device {device!r} was asked for and torch finds {torch.cuda.device_count()} CUDA GPU(s), "
+                         "counted from cuda:0")
 
 def as_in_tables(name: str, values: list, allowed) -> list:
     "The values of a parameter as tables write them, whatever their case; an unknown one is refused"
@@ -239,7 +240,8 @@ def divergence_notes(self: Plan, diverged: dict, place: str) -> list:
     notes = []
     for i, why in diverged.items():
         e = self.cells[i].experiment
-        if self.cells[i].place == place: notes.append(f"{e.name}, {e.method.ipc} learned, seed {e.seed} is not in the table: {why}")
+        if self.cells[i].place == place:
+            notes.append(f"{e.name}, {e.method.ipc} learned, seed {e.seed} is not in the table: {why}")
     return notes
 
 @patch
@@ -262,7 +264,8 @@ def box(
 ) -> HTML:
     "A callout with a list"
     items = "".join(f"<li>{html.escape(s)}</li>" for s in sentences)
-    return HTML(f'<div class="callout callout-{kind}"><p><strong>{html.escape(title)}</strong></p><ul>{items}</ul></div>')
+    return HTML('<div class="callout '
+                f'callout-{kind}"><p><strong>{html.escape(title)}</strong></p><ul>{items}</ul></div>')
 
 @patch
 def differs_box(self: Plan) -> HTML:

@@ -54,20 +54,22 @@ def start_lines() -> dict:
     return {f"{i.title()} images, {t} texts": dict(start_image=i, start_text=t) for i in kinds for t in kinds}
 
 VL_TABLES = {   # table → line → what differs from the main setting: a method, fields of `vldd`, or `net` that evaluates
-    "baselines": {"Random": dict(method="random"), "Herding": dict(method="herding"), "K-Center": dict(method="kcenter"),
-                  "Forgetting": dict(method="forgetting"), "Distilled": {}, "Whole data": dict(method="whole")},
+    "baselines": {"Random": dict(method="random"), "Herding": dict(method="herding"),
+                  "K-Center": dict(method="kcenter"), "Forgetting": dict(method="forgetting"), "Distilled": {},
+                  "Whole data": dict(method="whole")},
     "encoders": {n: VL_ENCODERS[n] for n in ("NFNet-L0", "ViT-Tiny + LoRA", "NF-ResNet50", "NF-RegNet-B1")},
     "lora": {n: VL_ENCODERS[n] for n in ("ViT-Tiny", "ViT-Tiny + LoRA")},
     "cross": {n: dict(net=VL_ENCODERS[n]["image"]) for n in ("NFNet-L0", "NF-ResNet50", "NF-RegNet-B1", "ViT-Tiny")},
-    "modality": {"Text alone (T)": dict(learn="text"), "Image alone (I)": dict(learn="image"), "Both": dict(learn="both")},
+    "modality": {"Text alone (T)": dict(learn="text"), "Image alone (I)": dict(learn="image"),
+                 "Both": dict(learn="both")},
     "initialisation": start_lines(),
     "texts": {"BERT": dict(text="bert"), "CLIP": dict(text="clip")},
 }
 
 # %% ../../nbs/papers/vldd.ipynb #3feb7aab
 VL_PRINTED = {   # where the published numbers of a table stand
-    "baselines": ("Page: Table A",), "encoders": ("Page: Table C", "Poster: vision encoders"), "lora": ("Poster: LoRA",),
-    "cross": ("Poster: cross-architecture",), "modality": ("Poster: single modality",),
+    "baselines": ("Page: Table A",), "encoders": ("Page: Table C", "Poster: vision encoders"),
+    "lora": ("Poster: LoRA",), "cross": ("Poster: cross-architecture",), "modality": ("Poster: single modality",),
     "initialisation": ("Poster: initialisation",), "texts": ("Page: Table B",),
 }
 IN_SMALL = {     # lines of the small profiles, where they are not the paper's
@@ -76,39 +78,44 @@ IN_SMALL = {     # lines of the small profiles, where they are not the paper's
 }
 VL_TITLES = {
     "baselines": "Selected and distilled pairs", "encoders": "Image encoders",
-    "lora": "A vision transformer with and without LoRA", "cross": "Other architectures", "modality": "One modality or both",
-    "initialisation": "Where the pairs begin", "texts": "Language encoders",
+    "lora": "A vision transformer with and without LoRA", "cross": "Other architectures",
+    "modality": "One modality or both", "initialisation": "Where the pairs begin", "texts": "Language encoders",
 }
 VL_ABOUT = {
-    "baselines": "Real pairs chosen at random, by herding, by k-center and by forgetting, and as many learned ones. The same encoders are "
-                 "trained on each of them; the whole data train them as an expert.",
+    "baselines": "Real pairs chosen at random, by herding, by k-center and by forgetting, and as many learned ones. "
+                 "The same encoders are trained on each of them; the whole data train them as an expert.",
     "encoders": "Experts, students and evaluation with one image encoder a line, everything else alike.",
-    "lora": "With LoRA only adapters and the text projection are trained, stored of an expert, and matched. The paper adapts a pre-trained "
-            "transformer; adapters on one with random weights, as SmallViT's, say little about that.",
-    "cross": "Pairs distilled under the main image encoder, then used to train another one, at the rate learned for the main one. The "
-             "projection takes that encoder's width; the learned texts fit every one.",
-    "modality": "T: pictures stay the real ones they began as, only text embeddings are learned; I: the reverse. The loss keeps both "
-                "trajectories (D-VL-6).",
-    "initialisation": "Pictures and texts begin as those of real pairs, or as noise with the mean and spread of real ones.",
+    "lora": "With LoRA only adapters and the text projection are trained, stored of an expert, and matched. The paper "
+            "adapts a pre-trained transformer; adapters on one with random weights, as SmallViT's, "
+            "say little about that.",
+    "cross": "Pairs distilled under the main image encoder, then used to train another one, at the rate learned for "
+             "the main one. The projection takes that encoder's width; the learned texts fit every one.",
+    "modality": "T: pictures stay the real ones they began as, only text embeddings are learned; I: the reverse. The "
+                "loss keeps both trajectories (D-VL-6).",
+    "initialisation": "Pictures and texts begin as those of real pairs, "
+                      "or as noise with the mean and spread of real ones.",
     "texts": "Frozen text encoders; what is learned is a text in their space, through a projection that is trained.",
 }
 VL_BASELINES = ("Random", "Herding", "K-Center", "Forgetting")
 
 # %% ../../nbs/papers/vldd.ipynb #d30e149c
 VL_PROFILES = {
-    "test": dict(image="NFConvNet", text="TF-IDF 64", pairs=[20], seeds=1, eval_seeds=1, epochs=2, train_images=300, size=48,
-                 shared=dict(width=8, experts=1, expert_epochs=2, expert_captions=1),
+    "test": dict(image="NFConvNet", text="TF-IDF 64", pairs=[20], seeds=1, eval_seeds=1, epochs=2, train_images=300,
+                 size=48, shared=dict(width=8, experts=1, expert_epochs=2, expert_captions=1),
                  vldd=dict(iterations=2, steps=2, span=1, max_start=1, lr_image=10., lr_text=10., lr_rate=1e-6)),
-    "quick": dict(image="NFConvNet", text="TF-IDF 64", pairs=[100], seeds=1, eval_seeds=2, epochs=51, train_images=0, size=64,
-                  shared=dict(experts=2), vldd=dict(iterations=15)),
-    "paper": dict(image="NFNet-L0", text="BERT", pairs=[100, 200, 500, 1000], seeds=1, eval_seeds=5, epochs=51, train_images=0, size=224,
+    "quick": dict(image="NFConvNet", text="TF-IDF 64", pairs=[100], seeds=1, eval_seeds=2, epochs=51, train_images=0,
+                  size=64, shared=dict(experts=2), vldd=dict(iterations=15)),
+    "paper": dict(image="NFNet-L0", text="BERT", pairs=[100, 200, 500, 1000], seeds=1, eval_seeds=5, epochs=51,
+                  train_images=0, size=224,
                   shared=dict(experts=20, expert_epochs=10, expert_captions=0, expert_augment="crop_flip_randaugment"),
-                  vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, alpha=0.1, lr_image=1000., lr_text=1000.,
-                            lr_rate=1e-2)),
+                  vldd=dict(iterations=2000, steps=8, span=1, max_start=2, batch=100, alpha=0.1, lr_image=1000.,
+                            lr_text=1000., lr_rate=1e-2)),
 }
-# data set → rate of evaluation on selected pairs: the best of 0.03, 0.1, 0.3 and 1 on validation for random pairs, seeds 100 and 101
+# data set → rate of evaluation on selected pairs: the best of 0.03, 0.1, 0.3 and 1 on validation for random pairs,
+# seeds 100 and 101
 PAIR_RATES = {"digit_scenes": 0.1}
-SHARED_FIELDS = ("experts", "expert_epochs")     # parameters of a request that are fields of every method, and of `vldd`
+# parameters of a request that are fields of every method, and of `vldd`
+SHARED_FIELDS = ("experts", "expert_epochs")
 VLDD_FIELDS = ("iterations", "steps", "lr_image", "lr_text", "lr_rate", "student_scale")
 
 @dataclass(frozen=True, eq=False)
@@ -145,12 +152,14 @@ def configured(self: VLSettings, name: str, pairs: int, **changes):
     return get_method(name, self.dataset, pairs, **{k: getattr(vldd, k) for k in (*PAIR_FIELDS, "width")})
 
 @patch
-def experiment(self: VLSettings, label: str, pairs: int, seed: int, method: str = "vldd", net: str = None, **changes) -> Experiment:
+def experiment(self: VLSettings, label: str, pairs: int, seed: int, method: str = "vldd", net: str = None,
+               **changes) -> Experiment:
     "A line at some number of pairs, for one distillation seed"
     shared = dict(eval_seeds=self.eval_seeds, part=self.part, label=label)
     if method == "whole": return Experiment(None, **whole_data(self.configured("vldd", 100, **changes)), **shared)
     recipe = None if method == "vldd" else replace(PAIRS_RECIPE, rate=self.rate)
-    return Experiment(self.configured(method, pairs, **changes), seed=seed, recipe=recipe, epochs=self.epochs, net=net, **shared)
+    return Experiment(self.configured(method, pairs, **changes), seed=seed, recipe=recipe,
+                      epochs=self.epochs, net=net, **shared)
 
 def whole_data(method) -> dict:
     "Fields of an experiment that trains on everything, as an expert of a method does"
@@ -222,26 +231,28 @@ class VLDDPaper(Paper):
     title = "Vision-language dataset distillation (Wu, Zhang, Deng, Russakovsky, TMLR 2024): poster and project page"
     rows = ("Distilled",)
     profiles = VL_PROFILES
-    counts = dict(iterations=0, experts=0, expert_epochs=0, steps=0, epochs=0, seeds=0, eval_seeds=0, train_images=0, size=0,
-                  lr_image=0, lr_text=0, lr_rate=0, student_scale=0, rate=0, pairs=1)
+    counts = dict(iterations=0, experts=0, expert_epochs=0, steps=0, epochs=0, seeds=0, eval_seeds=0, train_images=0,
+                  size=0, lr_image=0, lr_text=0, lr_rate=0, student_scale=0, rate=0, pairs=1)
     sets = {"test": "digit_scenes", "quick": "digit_scenes", "paper": "flickr30k"}     # where none is named
 
     def check(self, params):
         sets = sorted(name for name, e in entries().items() if e.task == "retrieval")
         if params["dataset"]: choose("dataset", params["dataset"], sets)
-        for name, allowed in (("table", VL_TABLES), ("methods", VL_TABLES["baselines"]), ("encoders", ENCODERS), ("texts", TEXTS)):
+        for name, allowed in (("table", VL_TABLES), ("methods", VL_TABLES["baselines"]),
+                              ("encoders", ENCODERS), ("texts", TEXTS)):
             params[name] = as_in_tables(name, params[name], allowed)
         for name, allowed in (("image", ENCODERS), ("text", TEXTS)):
             if params[name]: params[name], = as_in_tables(name, [params[name]], allowed)
         if bool(params["file"]) != (params["dataset"] == "caption_csv"):
-            raise ValueError(f"file={params['file']!r} names the table of the data set caption_csv, and dataset is {params['dataset']!r}: "
-                             "give both, or neither")
+            raise ValueError(f"file={params['file']!r} names the table of the data set caption_csv, and dataset is "
+                             f"{params['dataset']!r}: give both, or neither")
         if params["split"] and not params["file"]:
-            raise ValueError(f"split={params['split']!r} names a column of caption_csv's table: give dataset caption_csv and file, "
-                             "or leave split out")
+            raise ValueError(f"split={params['split']!r} names a column of caption_csv's table: give dataset "
+                             "caption_csv and file, or leave split out")
 
         if params["size"] and self.data_sets(params)[0] not in SIZED:
-            raise ValueError(f"size is for {', '.join(SIZED)}; the pictures of {self.data_sets(params)[0]} have one size")
+            raise ValueError(f"size is for {', '.join(SIZED)}; the pictures of {self.data_sets(params)[0]} "
+                             "have one size")
         self.check_seeds(params)
 
     def data_sets(self, params): return [params["dataset"] or self.sets[params["profile"]]]
@@ -256,7 +267,8 @@ class VLDDPaper(Paper):
             real = replace(real, train=real.train.select(rows))
         most, there = max(self.value(params, "pairs")), len(real.pairs("train"))
         if most > there:
-            raise ValueError(f"pairs={most} were asked for; {real.name} has {there:,} pairs of picture and caption to start from")
+            raise ValueError(f"pairs={most} were asked for; {real.name} has {there:,} pairs of picture and caption to "
+                             "start from")
         return [real]
 
 # %% ../../nbs/papers/vldd.ipynb #975c3c9d
@@ -265,9 +277,10 @@ def settings(self: VLDDPaper, params: dict, real) -> VLSettings:
     profile, value = self.profiles[params["profile"]], lambda name: self.value(params, name)
     asked = lambda names: {k: params[k] for k in names if params[k]}
     rate = params["rate"] or PAIR_RATES.get(real.name, PAIRS_RECIPE.rate)
-    return VLSettings(real.name, real.shapes["image"][1], value("image"), value("text"), value("seeds"), value("eval_seeds"),
-                      value("epochs"), rate, profile["shared"] | asked(SHARED_FIELDS), profile["vldd"] | asked(VLDD_FIELDS),
-                      pairs=tuple(value("pairs")), random_weights=params["random_weights"])
+    return VLSettings(real.name, real.shapes["image"][1], value("image"), value("text"), value("seeds"),
+                      value("eval_seeds"), value("epochs"), rate, profile["shared"] | asked(SHARED_FIELDS),
+                      profile["vldd"] | asked(VLDD_FIELDS), pairs=tuple(value("pairs")),
+                      random_weights=params["random_weights"])
 
 @patch
 def lines(self: VLDDPaper, params: dict, settings: VLSettings, first: bool) -> dict:
@@ -291,10 +304,11 @@ def check_seeds(self: VLDDPaper, params: dict):
     "Refuse more distillation seeds than experts where a coreset is chosen by an expert: it would count twice"
     asked = params["methods"] or VL_TABLES["baselines"] if "baselines" in (params["table"] or VL_TABLES) else ()
     by_experts = sorted(name for name in asked if name in VL_BASELINES[1:])
-    seeds, experts = self.value(params, "seeds"), params["experts"] or self.profiles[params["profile"]]["shared"]["experts"]
+    seeds, experts = (self.value(params, "seeds"),
+                      params["experts"] or self.profiles[params["profile"]]["shared"]["experts"])
     if by_experts and seeds > experts:
-        raise ValueError(f"seeds={seeds} with {experts} experts: {', '.join(by_experts)} would choose the same pairs twice; "
-                         f"use as many experts (-p experts {seeds})")
+        raise ValueError(f"seeds={seeds} with {experts} experts: {', '.join(by_experts)} would choose the same pairs "
+                         f"twice; use as many experts (-p experts {seeds})")
 
 # %% ../../nbs/papers/vldd.ipynb #25595692
 def learned_rates(runs: dict) -> pd.DataFrame:
@@ -302,7 +316,9 @@ def learned_rates(runs: dict) -> pd.DataFrame:
     rows = []
     for name, run in runs.items():
         card = run.distilled.card
-        if card.get("rates"): rows.append(dict(set=name, **{f"α {m}": rate for m, rate in card["rates"].items()}, start=card["method"]["alpha"]))
+        if card.get("rates"):
+            rows.append(
+                dict(set=name, **{f"α {m}": rate for m, rate in card["rates"].items()}, start=card["method"]["alpha"]))
     return pd.DataFrame(rows)
 
 def final_recalls(rows: pd.DataFrame) -> pd.DataFrame:
@@ -318,8 +334,9 @@ VL_CLAIMS = {
     "baselines": tuple(("Distilled", b) for b in VL_BASELINES),
     "modality": (("Both", "Text alone (T)"), ("Both", "Image alone (I)")),
     "lora": (("SmallViT + LoRA", "SmallViT"), ("ViT-Tiny + LoRA", "ViT-Tiny")),
-    "initialisation": tuple(("Real images, real texts", line) for line in ("Real images, noise texts", "Noise images, real texts",
-                                                                        "Noise images, noise texts")),
+    "initialisation": tuple(("Real images, real texts", line)
+                            for line in ("Real images, noise texts", "Noise images, real texts",
+                                      "Noise images, noise texts")),
 }
 
 def recall_claims(rows: pd.DataFrame, table: str) -> pd.DataFrame:
@@ -350,7 +367,8 @@ def claimed_in(self: VLDDPaper, rows: pd.DataFrame) -> tuple: return ("TR R@1", 
 @patch
 def printed_at(self: VLDDPaper, place: str, dataset: str) -> pd.DataFrame:
     "A table of ours by its own name, from whichever table of the paper prints it; the first of two that print the same cell"
-    return self.printed(place, dataset).drop_duplicates(["row", "ipc", "modality"]) if place in VL_PRINTED else self.published().iloc[:0]
+    return (self.printed(place, dataset).drop_duplicates(["row", "ipc", "modality"]) if place in VL_PRINTED
+            else self.published().iloc[:0])
 
 # %% ../../nbs/papers/vldd.ipynb #561c0ba3
 @patch
@@ -358,10 +376,12 @@ def differences(self: VLDDPaper, plan: Plan) -> list:
     s, real, lines, p = plan.settings, plan.real, plan.parts[0].lines, self.profiles["paper"]
     sentences = []
     if self.published(dataset=real.name).empty:
-        sentences.append(f"The data set is {real.name}; the paper's are Flickr30K and COCO. Its numbers stand in tables of their own, not beside ours.")
+        sentences.append(f"The data set is {real.name}; the paper's are Flickr30K and COCO. "
+                         "Its numbers stand in tables of their own, not beside ours.")
     if remark := real.about.get("remark"): sentences.append(f"{real.name}: {remark}.")
     if s.size != p["size"]: sentences.append(f"Pictures have {s.size} pixels a side instead of {p['size']}.")
-    if most := self.value(plan.params, "train_images"): sentences.append(f"Only {min(most, len(real.train)):,} training pictures are used.")
+    if most := self.value(plan.params, "train_images"):
+        sentences.append(f"Only {min(most, len(real.train)):,} training pictures are used.")
     sentences += trained_otherwise(s, real)
     if (s.image, s.text) != (p["image"], p["text"]):
         sentences.append(f"The main setting is {s.image} with {s.text} instead of {p['image']} with {p['text']}.")
@@ -382,19 +402,23 @@ def trained_otherwise(s: VLSettings, real) -> list:
         captions = f", over {e.expert_captions} of each picture's captions instead of all"
     sentences = [f"An epoch of an expert is {max(1, texts // e.expert_batch):,} steps{captions}."]
     if e.expert_augment != theirs:
-        sentences.append(f"Pictures are augmented for experts by {e.expert_augment or 'nothing'} instead of {theirs} (crop, mirror, RandAugment).")
+        sentences.append(f"Pictures are augmented for experts by {e.expert_augment or 'nothing'} instead of {theirs} "
+                         "(crop, mirror, RandAugment).")
     return sentences + ["Pairs to learn begin as plain pictures; the authors draw them with the training augmentation."]
 
 def scored_otherwise(s: VLSettings, lines: dict) -> list:
     "Sentences on temperatures, rates and numbers of pairs, and on lines that are missing"
-    sentences = ["Students train at temperature 14.2857 as experts and evaluation do; the authors' loop multiplies by its logarithm, 2.659 (D-VL-1)."]
-    if scale := s.vldd.get("student_scale"): sentences = [f"Students train at temperature {scale:g} (D-VL-1; the authors' loop uses 2.659)."]
+    sentences = ["Students train at temperature 14.2857 as experts and evaluation do; "
+                 "the authors' loop multiplies by its logarithm, 2.659 (D-VL-1)."]
+    if scale := s.vldd.get("student_scale"):
+        sentences = [f"Students train at temperature {scale:g} (D-VL-1; the authors' loop uses 2.659)."]
     if "baselines" in lines:
         searched = ", the best of four on validation" if s.rate == PAIR_RATES.get(s.dataset) else ""
-        sentences.append(f"Networks on selected pairs train at rate {s.rate:g}{searched}; the paper does not say at which. "
-                         "On distilled pairs the rate is learned.")
+        sentences.append(f"Networks on selected pairs train at rate {s.rate:g}{searched}; the paper does not say at "
+                         "which. On distilled pairs the rate is learned.")
     if s.pairs != (100,):
-        sentences.append("The published settings for other numbers of pairs than 100 could not be read; those for 100 are used.")
+        sentences.append("The published settings for other numbers of pairs than 100 could not be read; "
+                         "those for 100 are used.")
     missing = sum(bool(line.missing) for table in lines.values() for line in table)
     if missing: sentences.append(f"{missing} lines of the paper's tables were not run; each says why.")
     return sentences
@@ -403,11 +427,14 @@ def scored_otherwise(s: VLSettings, lines: dict) -> list:
 def counted(s: VLSettings) -> list:
     "(what, ours, the paper's) of every number of a setting"
     p, method = VL_PROFILES["paper"], s.configured("vldd", 100)
-    words = dict(iterations="iterations", steps="student steps", span="expert epochs to match", max_start="start epochs",
-                 batch="pairs a mini-batch", experts="experts", expert_epochs="epochs an expert", lr_image="rate of pictures",
-                 lr_text="rate of texts", lr_rate="rate of the learned rates", alpha="where these begin")
+    words = dict(iterations="iterations", steps="student steps", span="expert epochs to match",
+                 max_start="start epochs", batch="pairs a mini-batch", experts="experts",
+                 expert_epochs="epochs an expert", lr_image="rate of pictures", lr_text="rate of texts",
+                 lr_rate="rate of the learned rates",
+                 alpha="where these begin")
     theirs = p["shared"] | p["vldd"]
-    return [*((word, getattr(method, k), theirs[k]) for k, word in words.items()), ("epochs of evaluation", s.epochs, p["epochs"]),
-            ("distillation seeds", s.seeds, p["seeds"]), ("evaluation networks", s.eval_seeds, p["eval_seeds"])]
+    return [*((word, getattr(method, k), theirs[k]) for k, word in words.items()),
+            ("epochs of evaluation", s.epochs, p["epochs"]), ("distillation seeds", s.seeds, p["seeds"]),
+            ("evaluation networks", s.eval_seeds, p["eval_seeds"])]
 
 VLDD_PAPER = register_paper(VLDDPaper())

@@ -75,8 +75,9 @@ def cells_of(
             std = cell.accuracy.std(ddof=0) if len(cell) > 1 else np.nan
             line = dict(place=place, dataset=dataset, row=row, ipc=int(ipc), modality=modality)
             line |= dict(mean=cell.accuracy.mean(), std=std, seeds=cell.seed.nunique(), networks=len(cell))
-            cells.append(line | dict(printed=found.mean if found else np.nan, printed_std=found.std if found else np.nan,
-                                     table=found.table if found else ""))
+            cells.append(
+                line | dict(printed=found.mean if found else np.nan, printed_std=found.std if found else np.nan,
+                            table=found.table if found else ""))
     return pd.DataFrame(cells)
 
 def judged(
@@ -131,14 +132,16 @@ def printed_sentence(paper, cells: pd.DataFrame, main: pd.DataFrame) -> str:
     if not len(beside):
         theirs, sets = set(paper.published().dataset), list(dict.fromkeys(cells.dataset))
         if theirs & set(sets): return f"The paper prints no number for these cells of {', '.join(sets)}."
-        return f"No printed number stands beside these: the paper's data are {', '.join(sorted(theirs))}, not {' or '.join(sets)}."
+        return (f"No printed number stands beside these: the paper's data are {', '.join(sorted(theirs))}, "
+                f"not {' or '.join(sets)}.")
     lead = main[main.main & (main.status != "")]
     one = lead.iloc[0] if len(lead) else beside.iloc[-1]
     gap = one["mean"] - one.printed
     side = "above" if gap >= 0 else "below"
     near = f"{one.row} on {one.dataset} is {abs(gap):.1f} points {side} the printed {one.printed:.1f} % ({one.table})"
     if (beside.status == "in small").all():
-        return f"The setting is smaller than the paper's, so none of {len(beside)} printed cells counts as reproduced; {near}."
+        return ("The setting is smaller than the paper's, "
+                f"so none of {len(beside)} printed cells counts as reproduced; {near}.")
     counts = beside.status.value_counts()
     said = ", ".join(f"{counts[word]} {word}" for word in ("reproduced", "above", "below") if word in counts)
     return f"Of {len(beside)} cells that the paper prints: {said}; {near}."
@@ -174,7 +177,8 @@ class Mark(NamedTuple):
 
 def spread_of(marks: list, zero: bool) -> tuple[float, float]:
     "The ends of the axis"
-    values = [v for mark in marks for v in (mark.at, mark.low, mark.high, mark.printed) if not np.isnan(v)] + [0.] * zero
+    values = ([v for mark in marks for v in (mark.at, mark.low, mark.high, mark.printed) if not np.isnan(v)]
+              + [0.] * zero)
     low, high = min(values), max(values)
     margin = .04 * (high - low) or 1.
     return low - margin, high + margin
@@ -188,8 +192,8 @@ def line_html(mark: Mark, low: float, high: float, zero: bool) -> str:
         marks += f'<i class="bar {mark.kind}" style="left:{place(mark.low)};width:{width:.2f}%"></i>'
     if not np.isnan(mark.printed): marks += f'<i class="printed" style="left:{place(mark.printed)}"></i>'
     marks += f'<i class="dot {mark.kind}" style="left:{place(mark.at)}"></i>'
-    return (f'<li><span class="name">{html.escape(mark.name)}</span><span class="track" aria-hidden="true">{marks}</span>'
-            f'<span class="text">{html.escape(mark.text)}</span></li>')
+    return (f'<li><span class="name">{html.escape(mark.name)}</span><span class="track" '
+            f'aria-hidden="true">{marks}</span><span class="text">{html.escape(mark.text)}</span></li>')
 
 def figure_of(
     marks: list,          # of Mark
@@ -235,10 +239,12 @@ def main_figure(main: pd.DataFrame, comparisons: pd.DataFrame) -> str:
         return figure_of(marks[:MOST], f"Measured ({bars}) beside printed (diamond), in percent: {where}.")
     marks = difference_marks(comparisons, main) if len(comparisons) else []
     if marks:
-        bars = "bars are 95 % intervals over distillation seeds" if comparisons.seeds.max() > 1 else "one seed has no interval"
+        bars = ("bars are 95 % intervals over distillation seeds" if comparisons.seeds.max() > 1
+                else "one seed has no interval")
         caption = f"Differences in percentage points ({where}); {bars}; right of the line the first is better."
         return figure_of(marks[:MOST], caption, zero=True)
-    marks = [Mark(c.row, c["mean"], c["mean"] - c["std"], c["mean"] + c["std"], f"{score(c)} %") for _, c in main.iterrows()]
+    marks = [Mark(c.row, c["mean"], c["mean"] - c["std"], c["mean"] + c["std"], f"{score(c)} %")
+             for _, c in main.iterrows()]
     return figure_of(marks[:MOST], f"Accuracy in percent, bars ± one standard deviation over networks: {where}.")
 
 # %% ../../nbs/report/11_face.ipynb #0f5a3973
@@ -269,7 +275,8 @@ def run_line(
     "What was run on what, in one line"
     names, sets = list(dict.fromkeys(cells.row)), list(dict.fromkeys(cells.dataset))
     names.sort(key=lambda name: name not in first)
-    amounts = [amount_words(cell) for _, cell in cells[cells.ipc > 0].drop_duplicates("ipc").sort_values("ipc").iterrows()]
+    amounts = [amount_words(cell)
+               for _, cell in cells[cells.ipc > 0].drop_duplicates("ipc").sort_values("ipc").iterrows()]
     shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other row{'s' * (len(names) > 2)}"
     parts = [f"{shown} on {', '.join(sets)}", ", ".join(amounts)]
     if profile := facts.get("profile"): parts.append(f"profile {profile}")
@@ -285,10 +292,12 @@ def paper_links(paper) -> dict:
 # %% ../../nbs/report/11_face.ipynb #2098f2fd
 def summary_of_report(paper, cells: pd.DataFrame, comparisons: pd.DataFrame, facts: dict) -> dict:
     "What the index needs of a report, as plain data"
-    known = dict(paper=paper.name if paper else "", profile=facts.get("profile", ""), revision=facts.get("revision", ""))
+    known = dict(paper=paper.name if paper else "", profile=facts.get("profile", ""),
+                 revision=facts.get("revision", ""))
     return known | dict(cells=plain_lines(cells, SUMMARY_CELL), claims=plain_lines(comparisons, SUMMARY_CLAIM))
 
-SUMMARY_CELL = ["dataset", "row", "ipc", "modality", "mean", "std", "seeds", "networks", "printed", "printed_std", "status", "place"]
+SUMMARY_CELL = ["dataset", "row", "ipc", "modality", "mean", "std", "seeds", "networks", "printed",
+                "printed_std", "status", "place"]
 SUMMARY_CLAIM = ["claim", "dataset", "ipc", "modality", "difference", "low", "high", "verdict"]
 
 def plain_lines(table: pd.DataFrame, columns: list) -> list:
@@ -307,7 +316,8 @@ def face_of(
     "The first screen of a report"
     if not len(rows) or not {"dataset", "row", "ipc", "modality", "accuracy", "seed"} <= set(rows):
         said = ("No line of this report has a result; the tables say why.",) if paper else ()
-        return Face(title, "", said, "", paper_links(paper), summary_of_report(paper, pd.DataFrame(), pd.DataFrame(), facts))
+        return Face(title, "", said, "", paper_links(paper),
+                    summary_of_report(paper, pd.DataFrame(), pd.DataFrame(), facts))
     cells = judged(cells_of(paper, rows), at_published_setting(paper, params))
     comparisons = paper.comparisons(rows) if paper else pd.DataFrame()
     main = main_cells(paper, cells)

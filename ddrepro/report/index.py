@@ -126,7 +126,8 @@ def corner_of(
     "What there is to say of a data set at a number of samples"
     judged = {(cell.row, cell.modality): (cell.status, report["file"]) for cell, report in reversed(measured)
               if cell.status in ("reproduced", "above", "below")}
-    judged |= {(cell["row"], ""): (cell["verdict"], "") for cell in planned if cell["verdict"] in ("reproduced", "above", "below")}
+    judged |= {(cell["row"], ""): (cell["verdict"], "") for cell in planned
+               if cell["verdict"] in ("reproduced", "above", "below")}
     if judged:
         count = sum(status == "reproduced" for status, _ in judged.values())
         link = next((file for _, file in judged.values() if file), "")
@@ -167,7 +168,8 @@ class PaperPage:
         planned = defaultdict(list)
         for cell in self.planned: planned[cell["dataset"], int(cell["ipc"])].append(cell)
         keys = [*counts, *planned, *(key for key in self.measured if key[1])]
-        theirs, sets = {dataset for dataset, _ in (*counts, *planned)}, list(dict.fromkeys(dataset for dataset, _ in keys))
+        theirs = {dataset for dataset, _ in (*counts, *planned)}
+        sets = list(dict.fromkeys(dataset for dataset, _ in keys))
         self.ipcs = sorted({ipc for _, ipc in keys})
         self.coverage = []
         for dataset in sorted(sets, key=lambda name: name not in theirs):
@@ -206,12 +208,14 @@ class PaperPage:
                 line |= dict(measured=cell["measured"], status=cell["verdict"], where="kept cells")
             elif pair := found.get((dataset, row, ipc, modality)):
                 cell, report = pair
-                line |= dict(measured=number(cell.mean, cell.std), status=cell.status or "in small", file=report["file"])
+                line |= dict(measured=number(cell.mean, cell.std), status=cell.status or "in small",
+                             file=report["file"])
             self.cells.append(line)
 
 # %% ../../nbs/report/12_index.ipynb #2253b660
 SHOWN = 30                                                          # newest runs that are not folded
-PAPERS = ("avdd", "dsdm", "vldd")                                   # where nothing was run there is a matrix all the same
+# where nothing was run there is a matrix all the same
+PAPERS = ("avdd", "dsdm", "vldd")
 COLUMNS = ("report", "date", "paper", "profile", *Measured._fields)   # of index.csv
 
 def all_cells(reports: list) -> str:
@@ -220,14 +224,16 @@ def all_cells(reports: list) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     for report in reports:
-        about = report["file"], report.get("date", ""), report["summary"].get("paper", ""), report["summary"].get("profile", "")
+        about = (report["file"], report.get("date", ""), report["summary"].get("paper", ""),
+                 report["summary"].get("profile", ""))
         writer.writerows([*about, *cell] for cell in cells_in(report))
     return file.getvalue()
 
 def in_a_line(reports: list, papers: list) -> str:
     "What the reports of a folder come to"
     corners = [cell.status for paper in papers for line in paper.coverage for cell in line["cells"]]
-    counts = [f"{corners.count(word)} {word}" for word in ("reproduced", "differs", "in small", "not run", "published") if word in corners]
+    counts = [f"{corners.count(word)} {word}"
+              for word in ("reproduced", "differs", "in small", "not run", "published") if word in corners]
     many = {0: "no report yet", 1: "one report"}.get(len(reports), f"{len(reports)} reports")
     return f"{many}; data sets at a number of samples: {', '.join(counts)}" if counts else many
 
@@ -237,7 +243,8 @@ def report_index(
     "Write index.html, a page a paper and index.csv from the heads of a folder's reports, the newest first; returns the index"
     folder = Path(folder)
     if not folder.is_dir(): raise NotADirectoryError(f"folder must hold reports; {folder} is not a folder")
-    names = [path for path in sorted(folder.glob("*.html")) if path.name != "index.html" and not path.name.startswith("paper-")]
+    names = [path for path in sorted(folder.glob("*.html"))
+             if path.name != "index.html" and not path.name.startswith("paper-")]
     reports = [about for path in names if (about := read_about(path))]
     reports.sort(key=lambda about: about.get("date", ""), reverse=True)
     known = list(dict.fromkeys([*PAPERS, *(r["summary"]["paper"] for r in reports if r["summary"].get("paper"))]))
@@ -247,11 +254,11 @@ def report_index(
     ways, shared = above | {"Documentation": SITE}, dict(lang="en", about={}, footer=f"Made by ddrepro {__version__}.")
     for paper in papers:
         lead = f"{paper.short}: {in_a_line(paper.reports, [paper])}."
-        write_page(folder / paper.page, template="paper.html.j2", title=paper.title, lead=lead, paper=paper, reports=paper.reports,
-                   ways={"All reports": "index.html", "The paper": paper.link} | ways, **shared)
+        write_page(folder / paper.page, template="paper.html.j2", title=paper.title, lead=lead, paper=paper,
+                   reports=paper.reports, ways={"All reports": "index.html", "The paper": paper.link} | ways, **shared)
     if reports:
         write_atomic(folder / "index.csv", all_cells(reports).encode())
         ways["All cells as CSV"] = "index.csv"
     lead = f"Papers on dataset distillation, implemented and checked: {in_a_line(reports, papers)}." if reports else ""
-    return write_page(folder / "index.html", template="index.html.j2", title="Reports", lead=lead, reports=reports, papers=papers,
-                      shown=SHOWN, ways=ways, **shared)
+    return write_page(folder / "index.html", template="index.html.j2", title="Reports", lead=lead, reports=reports,
+                      papers=papers, shown=SHOWN, ways=ways, **shared)

@@ -115,8 +115,9 @@ def read_classwise(
     files = find_classwise(stem, len(classes), root)
     if files is None:
         raise FileNotFoundError(f"{name}: found no class_wise_{stem}/train_0.pt to train_{len(classes) - 1}.pt with "
-                                f"{stem}_test.pt in {Path(root or data_root())}, avdd/ or data/ there. Get them with the "
-                                "scripts of github.com/sakshamsingh1/AVDD, or give the folder of the videos as folder")
+                                f"{stem}_test.pt in {Path(root or data_root())}, avdd/ or data/ there. Get them with "
+                                "the scripts of github.com/sakshamsingh1/AVDD, "
+                                "or give the folder of the videos as folder")
     of_class = []
     for c, path in enumerate(Progress(f"reading {name}", files[0], unit="class")):
         part = read_class(path, c, classes[c])
@@ -127,8 +128,8 @@ def read_classwise(
     test = read_tensors(files[1], "test", classes)
     pictures, _ = to_bytes(test["images"], np.arange(len(test["labels"])), f"{files[1]}: images_test")
     if not torch.isfinite(test["audio"]).all(): raise ValueError(f"{files[1]}: audio_test holds NaN or infinity")
-    about = dict(source="tensor files of github.com/sakshamsingh1/AVDD, class by class", published=train_per_class is None,
-                 remark="validation is a tenth of the authors' train")
+    about = dict(source="tensor files of github.com/sakshamsingh1/AVDD, class by class",
+                 published=train_per_class is None, remark="validation is a tenth of the authors' train")
     train = everything.select(np.setdiff1d(np.arange(len(everything)), held))
     return RealData(name, classes, train, everything.select(held),
                     Part({"image": pictures, "audio": test["audio"].float()}, test["labels"].long()),
@@ -157,8 +158,8 @@ def vggsound(
     "One second of each clip of VGGSound"
     if folder is None:
         if classes is None:
-            raise ValueError("vggsound needs folder, of the videos; or classes, the 309 names in the order of the authors' "
-                             "labels, to read their tensors")
+            raise ValueError("vggsound needs folder, of the videos; or classes, the 309 names in the order of the "
+                             "authors' labels, to read their tensors")
         return read_classwise("vggsound", "vgg", class_list(classes), root, train_per_class)
     validation, seed = number_between("validation", validation, 0, 1), whole_number("seed", seed)
     list_clips = lambda place: vggsound_list(place, "vggsound", metadata, classes, validation, seed)
