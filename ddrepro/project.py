@@ -141,8 +141,8 @@ def relink(
     markdown: str,  # as written in nbs/index.ipynb
 ) -> str:
     "Make relative links of a page in nbs/ right for one in the project's root"
-    markdown = re.sub(r"""(\]\(|(?:src|href|srcset)=["'])\.\./""", r"\1", markdown)
-    return re.sub(r"\]\(((?:[\w-]+/)*[\w-]+\.ipynb)", r"](nbs/\1", markdown)
+    markdown = re.sub(r"\]\(((?:[\w-]+/)*[\w-]+\.(?:ipynb|md))", r"](nbs/\1", markdown)
+    return re.sub(r"""(\]\(|(?:src|href|srcset)=["'])\.\./""", r"\1", markdown)
 
 # %% ../nbs/project.ipynb #cell-023
 def readme_text(
@@ -325,6 +325,7 @@ def chores(
     sub.add_argument("--since", default="main", help="branch or revision that changes are counted from (default: main)")
     commands.add_parser("check", help="are modules, notebooks and README in step, and does every reference resolve?")
     commands.add_parser("published", help="write reports/published.html from nbs/published.ipynb as it was executed")
+    commands.add_parser("plot", help="write reports/plot.png, the README's first picture, from the rows of reports/cells")
     commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
     sub = commands.add_parser("docs", help="build the documentation site in _docs/ and check its links")
     sub.add_argument("pages", nargs="*", help="pages, such as methods/dm, to look at some of it (default: all)")
@@ -341,6 +342,11 @@ def chores(
     except (ValueError, FileNotFoundError) as error: parser.error(str(error))
     if args.chore == "lint": return lint(root)
     if args.chore == "quick": return run_quick(root, args.since)
+    if args.chore == "plot":
+        from ddrepro.papers.cells import campaign, kept_cells
+        from ddrepro.report.comparison import printed_and_measured
+        printed_and_measured(campaign(kept_cells())).savefig(root / "reports/plot.png", dpi=160, bbox_inches="tight")
+        return 0
     if args.chore == "published":
         from ddrepro.report.index import report_index
         from ddrepro.report.report import render_report

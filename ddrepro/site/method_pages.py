@@ -38,13 +38,13 @@ def chapter_of(
     name: str,  # of a registered method
 ) -> Chapter:
     "The chapter that defines a method"
-    module = method_class(name).__module__
-    path = f"methods/{module.rpartition('.')[2]}.ipynb"
-    root = project_root()
-    file = root / "nbs" / path if root and module.startswith("ddrepro.methods.") else None
-    if file is None or not file.is_file(): return Chapter("", "", "", source_of(method_class(name)))
-    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    texts = ["".join(cell["source"]) for cell in cells]
+    cls, root = method_class(name), project_root()
+    for file in sorted((root / "nbs/methods").glob("*.ipynb")) if root else ():
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells]
+        if any(re.search(rf'^    name = "{name}"', text, re.M) for text in texts): break
+    else: return Chapter("", "", "", source_of(cls))
+    path = f"methods/{file.name}"
     prose = [text for cell, text in zip(cells, texts) if cell["cell_type"] == "markdown"]
     lead = re.search(r"^> (.+)$", prose[0], re.M)
     return Chapter(path, lead[1] if lead else "", prose[1] if len(prose) > 1 else "", "\n".join(texts))
