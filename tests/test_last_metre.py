@@ -340,7 +340,7 @@ SLIPS = {
 BY_THE_PAPER = {
     "run avdd -p ipc 0": "ipc must be at least 1, got 0",
     "run avdd -p ipc 5000": "ipc can be at most 110",
-    "run avdd -p dataset digits": "dataset must be one of 'av_mnist', 'ave', 'digits_av', 'vggs10k'",
+    "run avdd -p dataset digits": "dataset must be one of 'av_folder', 'av_mnist', 'ave', 'digits_av', 'music21', 'vggs10k', 'vggsound'",
     "run avdd -p dataset vggs10k": "vggs10k",
     "run avdd -p profile fast": "profile must be one of",
     "run avdd -p methods dn": "the nearest is 'dm'",
