@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-from .core.files import DamagedFile
 from .core.share import choose
 
 # %% ../nbs/score.ipynb #461330a8
@@ -94,6 +93,7 @@ def score_and_print(args) -> int:
     "Carry out `ddrepro score`; the exit status"
     from ddrepro.core.certificates import store_folder
     from ddrepro.core.compute import resolve_device
+    from ddrepro.core.files import DamagedFile
     from ddrepro.data.registry import load_data
     from ddrepro.score_report import score_card, score_table, write_scores
     from ddrepro.score_sets import prepared_of, score_set

@@ -284,6 +284,9 @@ class NormalisedAsRead:
         "Bytes of the normalised samples"
         return 4 * self.stored.numel()
 
+    @property
+    def dtype(self) -> torch.dtype: return torch.float32
+
     def to(self, device) -> "NormalisedAsRead": return replace(self, stored=self.stored.to(device))
 
 @patch

@@ -38,10 +38,10 @@ def kept_bytes(
     besides=()           # tensors that are there anyway: parameters
 ) -> int:
     "Bytes that autograd keeps for the backward pass of what `work` gives"
-    kept, there = {}, {x.untyped_storage().data_ptr() for x in besides}
+    kept, there = {}, {x.untyped_storage()._cdata for x in besides}
     def note(x):
         storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()
         return x.detach()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): outcome = work()
     del outcome          # until here nothing of it is freed, so no place is counted for two

@@ -299,10 +299,15 @@ def samples_at_once(
     if mixes_samples(net): return batch
     return piece_size(sample_bytes(net, inputs), batch, next(net.parameters()).device)
 
+_known_bytes = {}   # form of a network and its inputs → bytes
+
 def sample_bytes(net: FusionNet, inputs: dict) -> int:
-    "Bytes of activations that a sample takes in training"
-    one = {m: x[:1] for m, x in inputs.items()}
-    return kept_bytes(lambda: type(net).forward(net, one), net.parameters())
+    "Bytes of activations that a sample takes in training; measured once for networks of a form"
+    form = repr(net), *((m, tuple(x.shape[1:]), x.dtype) for m, x in inputs.items())
+    if form not in _known_bytes:
+        one = {m: x[:1].clone() for m, x in inputs.items()}   # not a view of all samples
+        _known_bytes[form] = kept_bytes(lambda: type(net).forward(net, one), net.parameters())
+    return _known_bytes[form]
 
 def bytes_of_one(inputs: dict) -> int:
     "Bytes of a sample itself"
