@@ -21,7 +21,7 @@ from pathlib import Path
 from ..core.checkout import git_lines, notebooks_in
 from ..core.share import choose, need
 from ..methods import registered
-from ..report.plots import new_figure
+from ..report.comparison import printed_and_measured
 from .links import broken_links
 from .method_pages import committed_rows, method_page, methods_index, standing
 from .pages import Site, chapter_head, chapter_page, with_callouts, with_links
@@ -63,7 +63,7 @@ def site_of(root: Path) -> Site:
 PARTS = ("Start", "Tutorials", "Methods", "Results", "Chapters")
 START = {"guide/start": "Get started", "guide/coming_from": "Coming from other repositories", "guide/faq": "Questions",
          "overview": "Overview"}
-RESULTS = ("guide/reports", "published", "comparison")
+RESULTS = ("guide/reports", "findings", "published", "comparison")
 
 def sections(root: Path) -> dict[str, list[str]]:
     "Section → paths of its notebooks, as nbs/sidebar.yml has them; those without a section under \"\""
@@ -165,20 +165,7 @@ def landing_figure():
     from ddrepro.papers.cells import campaign, kept_cells
     cells = campaign(kept_cells())
     cells = cells[(cells.published != "") & (cells.measured != "")]
-    if not len(cells): return None
-    number = lambda text: [float(x) for x in (text.split(" ± ") + ["0"])[:2]]
-    with new_figure(1, 1, figsize=(6.4, .45 * len(cells) + 1)) as (fig, axes):
-        ax = axes[0][0]
-        for place, cell in enumerate(cells.itertuples()):
-            for text, shift, label, style in ((cell.published, -.12, "printed", dict(color=".45", marker="D")),
-                                              (cell.measured, .12, "measured", dict(color="C0", marker="o"))):
-                mean, spread = number(text)
-                name = label if place == 0 else None
-                ax.errorbar(mean, place + shift, xerr=spread, capsize=3, ms=6, ls="none", label=name, **style)
-        ax.set_yticks(range(len(cells)), [f"{c.row}, {c.dataset}, IPC {c.ipc}" for c in cells.itertuples()])
-        ax.set(xlabel="accuracy (%)", ylim=(len(cells) - .5, -.5))
-        ax.legend(frameon=False, loc="best")
-    return fig
+    return printed_and_measured(cells) if len(cells) else None
 
 # %% ../../nbs/site/06_build.ipynb #3e705c5e
 CSS = "ddrepro.css"
