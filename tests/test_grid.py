@@ -17,7 +17,7 @@ from ddrepro.grid_work import job_folder, log_of, tries
 from helpers import DDREPRO, PATIENCE, one_thread
 
 CELLS = "paper,row,data set,IPC,seeds,profile,table,iterations\ndsdm,Random,digits,1,1,test,1,\ndsdm,DM,digits,1,1,test,1,{}\n"
-ITERATIONS = 1500   # so many that the other job is over long before, and few enough for a loaded machine
+ITERATIONS = 400   # enough for the other job to be over first, few enough for a loaded machine: 5 to 30 a second
 
 
 @pytest.fixture
