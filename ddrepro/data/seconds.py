@@ -64,7 +64,7 @@ class Sound:
     def __init__(self, av, rate: int, begin: float, end: float):   # Hz; seconds
         self.av, self.rate, self.begin = av, rate, begin
         self.length = math.ceil((end - begin) * rate)
-        self.pieces = []                              # (when it is heard or None, (channels, n))
+        self.pieces = []                              # (when it is heard or None, (n,))
         self.damaged = []                             # seconds
         self.end = end
         self.done = False
@@ -74,17 +74,19 @@ class Sound:
         "The next piece of sound"
         time = frame.time
         self.done = time is not None and time >= self.end
-        if not self.done: self.pieces.append((time, self.to_few(frame)))
+        if not self.done: self.pieces.append((time, self.to_mono(frame)))
 
-    def to_few(self, frame) -> np.ndarray:   # (1 or 2, n)
-        "One or two channels; more are mixed to two as FFmpeg does, in 16 bits, so that nothing is clipped"
+    def to_mono(self, frame) -> np.ndarray:   # (n,)
+        "The mean of two channels; more are mixed to two as FFmpeg does, in 16 bits, so that nothing is clipped"
         few = frame.layout.nb_channels <= 2
-        if few and frame.format.name == "fltp": return frame.to_ndarray()
+        if few and frame.format.name == "fltp":
+            planes = [np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]
+            return planes[0].copy() if len(planes) == 1 else (planes[0] + planes[1]) / 2
         if self.mixer is None:
             layout = "mono" if frame.layout.nb_channels == 1 else "stereo"
             self.mixer = self.av.AudioResampler("fltp" if few else "s16p", layout, frame.sample_rate)
         channels = np.concatenate([piece.to_ndarray() for piece in self.mixer.resample(frame)], 1)
-        return channels if few else channels / np.float32(32768)
+        return (channels if few else channels / np.float32(32768)).mean(0, dtype=np.float32)
 
     def runs(self) -> list:   # of (first sample counted from `begin`, pieces that follow each other)
         "The pieces, cut where one does not continue the last"
@@ -95,7 +97,7 @@ class Sound:
                 runs.append((at, []))
                 following = at
             runs[-1][1].append(piece)
-            following += piece.shape[1]
+            following += len(piece)
         return runs
 
     def finish(self):
@@ -104,7 +106,7 @@ class Sound:
         self.heard = np.zeros(self.length, bool)
         self.until = 0.
         for at, pieces in self.runs():
-            run = np.concatenate(pieces, 1).mean(0, dtype=np.float32)
+            run = np.concatenate(pieces)
             low, high = max(0, at), min(self.length, at + len(run))
             if low < high:
                 self.wave[low:high] = run[low - at:high - at]
