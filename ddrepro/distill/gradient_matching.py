@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_FOR_STATISTICS', 'LOOPS', 'Students', 'has_statistics', 'hold_statistics', 'published_loops', 'ApartWithOneStep',
-           'GradientMatching', 'ClassSide', 'to_leaves', 'class_groups']
+           'GradientMatching', 'ClassSide', 'real_side', 'to_leaves', 'class_groups']
 
 # %% ../../nbs/distill/13_gradient_matching.ipynb #6cecbf10
 import math
@@ -23,6 +23,7 @@ from ..data.formation import decode
 from ..data.real import check_strategy
 from .coresets import STARTS, initial
 from .families import check_nets, check_steps
+from .gradient_store import RealGradients
 from ddrepro.distill.gradients import (
     METRICS,
     Matched,
@@ -34,7 +35,7 @@ from ddrepro.distill.gradients import (
     with_gradients,
 )
 from .method import STEP_RULES, Context, Diverged, Method, from_state, in_state
-from .moments import Sampler, real_batches
+from .moments import Draws, Sampler, real_batches
 from ..nets.networks import FusionNet
 from ..nets.training import Recipe, new_net, train
 
@@ -46,6 +47,11 @@ class Students:
     "The networks of a run, by number; one module that takes any state"
     net: FusionNet    # on the run's device
     fresh: callable   # number → FusionNet
+    facts: dict       # all that they depend on besides the number
+
+    def key(self, modality: str) -> dict:
+        "Everything the networks depend on, as plain data: they see all modalities"
+        return self.facts
 
     def load(self, state: dict) -> FusionNet:
         "The module with the network that a state holds under \"net\""
@@ -96,7 +102,9 @@ class GradientMatching(Method):
     strategy: str = ""              # DSA string of both sides and of the inner training; None: the data's
     step_rule: str = "sum"          # "sum", "per_class_shared", "per_class_own"
     selection_seed: int = None      # of herding's embedding networks; default the run's seed
+    draws: int = 0                  # K matching draws of networks that never learn (E-17); 0: ever new ones
 
+    added = ("draws",)
     class_separable = ApartWithOneStep()
 
 @patch(as_prop=True)
@@ -115,11 +123,14 @@ def check(self: GradientMatching, real):
     check_strategy(self.strategy or "")
     check_steps(self.lr, self.momentum)
     number_between("net_lr", self.net_lr, 0, math.inf)
-    self.at_least(batch=0, width=1, net_batch=1)
+    self.at_least(batch=0, width=1, net_batch=1, draws=0)
     if self.metric.startswith("conv_") and self.net.startswith("mlp"):
         raise ValueError(f"metric {self.metric!r} compares the weights of convolutions, and net {self.net!r} has none")
     for name, value in zip(("outer", "inner"), self.loops):
         if value < 1: raise ValueError(f"{name} must be at least 1, got {value}; None is the code's for the IPC")
+    if self.draws and self.loops[0] > 1:
+        raise ValueError(f"draws={self.draws} keeps real gradients under networks that never learn, and {self.name} at "
+                         f"IPC {self.ipc} has {self.loops[0]} outer steps with each network; give draws=0, or outer=1")
     check_nets(self, real)
 
 @patch
@@ -137,42 +148,63 @@ def strategy_on(self: GradientMatching, real) -> str: return real.strategy if se
 @patch
 def prepare(self: GradientMatching, context: Context):
     if not self.iterations: return
-    real, compute = context.real, context.compute
-    context.sampler = Sampler(self.batch, self.strategy_on(real), share_augmentation=False, seed=context.seed)
-    specs, classes = self.specs_on(real), len(real.classes)
+    context.draws = Draws(self.draws, context.seed)
+    context.sampler = self.matching_sampler(context)
+    context.source = self.students(context)
+    shapes = tuple(tuple(p.shape) for p in context.source.net.parameters())
+    context.features = RealGradients(context.real, context.source, context.sampler, context.compute, root=context.store,
+                                      shapes=shapes)
+    if not self.draws or context.store is None: return
+    print(context.features.open(context.classes, context.draws.most(self.iterations)))
+
+@patch
+def matching_sampler(self: GradientMatching, context: Context) -> Sampler:
+    "Of real batches and augmentations"
+    return Sampler(self.batch, self.strategy_on(context.real), share_augmentation=False, seed=context.draws.made_by)
+
+@patch
+def students(self: GradientMatching, context: Context) -> Students:
+    "The networks of a run"
+    real, compute, seed, specs = context.real, context.compute, context.draws.made_by, self.specs_on(context.real)
     fusion = "linear" if len(specs) == 1 else "ensemble"
     def fresh(number):
-        net = new_net(specs, real.shapes, classes, fusion, context.seed, number, stream="gradients/net")
+        net = new_net(specs, real.shapes, len(real.classes), fusion, seed, number, stream="gradients/net")
         return net.to(compute.device, compute.dtype).eval()
-    context.source = Students(fresh(0), fresh)
+    shapes = {m: list(shape) for m, shape in real.shapes.items()}
+    return Students(fresh(0), fresh, dict(specs={m: spec.key() for m, spec in specs.items()}, shapes=shapes,
+                                          classes=len(real.classes), fusion=fusion, seed=seed))
 
 @patch
 def start(self: GradientMatching, context: Context) -> tuple:
     S = initial(context, self.start_from, self.ipc, self.factor, self.width, selection_seed=self.selection_seed,
                 order=self.order_on(context.real))
-    return S, self.network_state(context, context.source.fresh(0), 0) if self.iterations else {}
+    return S, self.begun(context, 0, 0) if self.iterations else {}
+
+@patch
+def begun(self: GradientMatching, context: Context, number: int, t: int) -> dict:
+    "State in which iteration `t` finds the network with that number, or of that draw, before it has learned anything"
+    return self.network_state(context, context.source.fresh(context.draws.at(number)), t)
 
 @patch
 def network_state(self: GradientMatching, context: Context, net: FusionNet, t: int) -> dict:
     "The network that iteration `t` matches under, as state"
-    if has_statistics(net): hold_statistics(net, self.for_statistics(context, t))
+    if has_statistics(net): hold_statistics(net, self.for_statistics(context, context.draws.at(t)))
     return in_state(net, "net")
 
 @patch
-def for_statistics(self: GradientMatching, context: Context, t: int) -> dict:
-    "Real samples of every class that the statistics of iteration `t` come from, never augmented"
+def for_statistics(self: GradientMatching, context: Context, draw: int) -> dict:
+    "Real samples of every class that the statistics of a draw come from, never augmented"
     real, rows = context.real, []
     for c, members in real.train.by_class.items():
-        chosen = keyed_choice(len(members), REAL_FOR_STATISTICS, context.seed, "gradients/statistics", t, c)
+        chosen = keyed_choice(len(members), REAL_FOR_STATISTICS, context.draws.made_by, "gradients/statistics", draw, c)
         rows.append(torch.as_tensor(members)[chosen])
     inputs = real.batch("train", torch.cat(rows), context.compute.device)
     return {m: x.to(context.compute.dtype) for m, x in inputs.items()}
 
 # %% ../../nbs/distill/13_gradient_matching.ipynb #71322523
 class ClassSide(NamedTuple):
-    "The samples of a class on both sides of an iteration"
+    "The synthetic samples of a class in an iteration"
     label: int
-    real: dict        # modality → (B, …), augmented
     leaves: dict      # modality → (IPC, …), the canvases, with gradient
     synthetic: dict   # modality → (n, …), decoded and augmented, a function of the leaves
 
@@ -182,13 +214,16 @@ def as_samples(self: GradientMatching, real, modality: str, canvases: torch.Tens
     return decode(canvases, self.factor, self.order_on(real))
 
 @patch
-def class_side(self: GradientMatching, context: Context, S: dict, i: int, t: int) -> ClassSide:
-    "Both sides of the i-th class of the context at iteration `t`"
-    real, sampler, c = context.real, context.sampler, context.classes[i]
+def class_side(self: GradientMatching, context: Context, S: dict, i: int, draw: int) -> ClassSide:
+    "The i-th class of the context, augmented by a draw"
+    c = context.classes[i]
     leaves = {m: x[i].detach().requires_grad_() for m, x in S.items()}
-    synthetic = {m: augment(self.as_samples(real, m, x), sampler.omega(t, c)) for m, x in leaves.items()}
-    batches = {m: real_batches(real, sampler, m, t, (c,), context.compute)[0] for m in S}
-    return ClassSide(c, batches, leaves, synthetic)
+    decoded = {m: self.as_samples(context.real, m, x) for m, x in leaves.items()}
+    return ClassSide(c, leaves, {m: augment(x, context.sampler.omega(draw, c)) for m, x in decoded.items()})
+
+def real_side(context: Context, modalities, draw: int, c: int) -> dict:   # modality → (B, …)
+    "The augmented real batch of a class"
+    return {m: real_batches(context.real, context.sampler, m, draw, (c,), context.compute)[0] for m in modalities}
 
 def to_leaves(side: ClassSide, gradients: list) -> list:
     "Gradients on the canvases of a class from those on its samples, in the order of modalities"
@@ -209,46 +244,52 @@ def matched_classes(self: GradientMatching, context: Context, S: dict, state: di
     buffers = {k: x for k, x in tensors.items() if k not in parameters}
     loss = lambda weights, inputs, label: class_loss(net, weights | buffers, inputs, label)
     match = self.match_together if together else self.match_one_by_one
-    return match(context, S, loss, parameters, t)
+    return match(context, S, loss, parameters, context.draws.at(t))
 
 @patch
-def match_one_by_one(self: GradientMatching, context: Context, S: dict, loss: callable, parameters: dict, t: int) -> list:
+def match_one_by_one(self: GradientMatching, context: Context, S: dict, loss: callable, parameters: dict, draw: int) -> list:
     "`matched_classes` one after the other: of each a Matched"
     found, most = [], max(1, context.compute.chunk // 2)
     for i in range(len(context.classes)):
-        side = self.class_side(context, S, i, t)
-        label = torch.tensor(side.label, device=context.compute.device)
+        side = self.class_side(context, S, i, draw)
+        c, label = side.label, torch.tensor(side.label, device=context.compute.device)
         own_loss = lambda weights, inputs: loss(weights, inputs, label)
-        real = mean_gradient(own_loss, parameters, side.real, most)
+        make = lambda: [g[None] for g in mean_gradient(own_loss, parameters, real_side(context, S, draw, c), most)]
+        real = [g[0] for g in context.features.at(draw, (c,), make)]
         value, falls = matched_gradient(own_loss, parameters, real, side.synthetic, self.metric, most)
         found.append(Matched(value, [x[None] for x in to_leaves(side, falls)]))
     return found
 
 @patch
-def match_together(self: GradientMatching, context: Context, S: dict, loss: callable, parameters: dict, t: int) -> list:
+def match_together(self: GradientMatching, context: Context, S: dict, loss: callable, parameters: dict, draw: int) -> list:
     "`matched_classes` in groups of equal size, as many at once as the chunk holds synthetic samples of"
-    sides = [self.class_side(context, S, i, t) for i in range(len(context.classes))]
+    sides = [self.class_side(context, S, i, draw) for i in range(len(context.classes))]
     found, most = [], context.compute.chunk
-    for group in class_groups(sides, most):
-        labels = torch.tensor([side.label for side in group], device=context.compute.device)
-        real, synthetic = ({m: torch.stack([getattr(side, which)[m] for side in group]).detach() for m in S}
-                           for which in ("real", "synthetic"))
-        gradients = mean_gradients_together(loss, parameters, real, labels, most)
-        value, falls = matched_together(loss, parameters, gradients, synthetic, labels, self.metric)
+    sizes = {c: context.sampler.size(members) for c, members in context.real.train.by_class.items()}
+    for group in class_groups(sides, sizes, most):
+        classes = tuple(side.label for side in group)
+        labels = torch.tensor(classes, device=context.compute.device)
+        synthetic = {m: torch.stack([side.synthetic[m] for side in group]).detach() for m in S}
+        def make():
+            batches = [real_side(context, S, draw, c) for c in classes]
+            stacked = {m: torch.stack([batch[m] for batch in batches]) for m in S}
+            return mean_gradients_together(loss, parameters, stacked, labels, most)
+        real = context.features.at(draw, classes, make)
+        value, falls = matched_together(loss, parameters, real, synthetic, labels, self.metric)
         by_side = [to_leaves(side, [x[i] for x in falls]) for i, side in enumerate(group)]
         found.append(Matched(value, [torch.stack(parts) for parts in zip(*by_side)]))
     return found
 
 def class_groups(
     sides: list,   # of ClassSide
+    sizes: dict,   # label → real samples in a batch
     most: int      # synthetic samples in a group, but for a group of one class
 ) -> list:         # of lists of ClassSide
     "Neighbouring classes with as many real samples as one another"
     groups = []
-    size = lambda side: len(next(iter(side.real.values())))
     for side in sides:
         samples = len(next(iter(side.synthetic.values())))
-        fits = groups and (len(groups[-1]) + 1) * samples <= most and size(groups[-1][0]) == size(side)
+        fits = groups and (len(groups[-1]) + 1) * samples <= most and sizes[groups[-1][0].label] == sizes[side.label]
         if fits: groups[-1].append(side)
         else: groups.append([side])
     return groups
@@ -258,8 +299,9 @@ def class_groups(
 def after(self: GradientMatching, context: Context, S: dict, state: dict, t: int) -> dict:
     if t + 1 >= self.iterations: return state
     number, step = divmod(t + 1, self.loops[0])
-    net = context.source.load(state) if step else context.source.fresh(number)
-    if step: self.train_network(context, net, S, t)
+    if not step: return state | self.begun(context, number, t + 1)
+    net = context.source.load(state)
+    self.train_network(context, net, S, t)
     return state | self.network_state(context, net, t + 1)
 
 @patch

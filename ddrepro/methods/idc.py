@@ -98,10 +98,9 @@ def check(self: IDC, real):
 
 # %% ../../nbs/methods/idc.ipynb #f70da211
 @patch
-def prepare(self: IDC, context: Context):
-    GradientMatching.prepare(self, context)
-    context.sampler = Sampler(self.batch, self.strategy_on(context.real), share_augmentation=False, seed=context.seed,
-                              family="diffaug", stream="permutations")
+def matching_sampler(self: IDC, context: Context) -> Sampler:
+    return Sampler(self.batch, self.strategy_on(context.real), share_augmentation=False, seed=context.draws.made_by,
+                   family="diffaug", stream="permutations")
 
 @patch
 def start(self: IDC, context: Context) -> tuple:
@@ -111,7 +110,7 @@ def start(self: IDC, context: Context) -> tuple:
     for m in set(S) - set(real.signals):
         if self.start_from == "noise": S[m] = (S[m] / 4 + 0.5).clamp(0, 1)
         else: S[m] = real.normalisation[m].undo(S[m].flatten(0, 1)).view(S[m].shape).clamp(0, 1)
-    return S, self.network_state(context, context.source.fresh(0), 0) if self.iterations else {}
+    return S, self.begun(context, 0, 0) if self.iterations else {}
 
 @patch
 def as_samples(self: IDC, real, modality: str, canvases: torch.Tensor) -> torch.Tensor:
@@ -119,11 +118,11 @@ def as_samples(self: IDC, real, modality: str, canvases: torch.Tensor) -> torch.
     return samples if modality in real.signals else real.normalisation[modality](samples)
 
 @patch
-def class_side(self: IDC, context: Context, S: dict, i: int, t: int) -> ClassSide:
-    side = GradientMatching.class_side(self, context, S, i, t)
+def class_side(self: IDC, context: Context, S: dict, i: int, draw: int) -> ClassSide:
+    side = GradientMatching.class_side(self, context, S, i, draw)
     n = len(next(iter(side.synthetic.values())))
     if n <= self.most_synthetic: return side
-    rows = torch.from_numpy(keyed_choice(n, self.most_synthetic, context.seed, "idc/synthetic", t, side.label))
+    rows = torch.from_numpy(keyed_choice(n, self.most_synthetic, context.seed, "idc/synthetic", draw, side.label))
     return side._replace(synthetic={m: x[rows.to(x.device)] for m, x in side.synthetic.items()})
 
 # %% ../../nbs/methods/idc.ipynb #d61d5d2b
@@ -137,7 +136,7 @@ def network_state(self: IDC, context: Context, net: FusionNet, t: int) -> dict:
 def after(self: IDC, context: Context, S: dict, state: dict, t: int) -> dict:
     if t + 1 >= self.iterations: return state
     number, step = divmod(t + 1, self.outer)
-    if not step: return state | self.network_state(context, context.source.fresh(number), t + 1)
+    if not step: return state | self.begun(context, number, t + 1)
     net = context.source.load(state)
     momentum = self.learn(context, net, from_state(state, "momentum"), t)
     kept = {f"momentum/{k}": x for k, x in momentum.items()}

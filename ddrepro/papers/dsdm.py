@@ -19,7 +19,7 @@ from ..data.registry import entries, load_data
 from ..distill.method import Context
 from ..evaluate.classification import equal_steps_epochs, stretched
 from ..evaluate.experiment import Experiment
-from ..methods import get_method, registered
+from ..methods import get_method
 from ..nets.training import get_recipe
 from . import register_paper
 from ddrepro.papers.dsdm_settings import (
@@ -258,8 +258,9 @@ COUNTED = {"width": "width {:,}", "iterations": "{:,} iterations", "batch": "rea
 def differences(self: DSDMPaper, plan: Plan) -> list:
     sentences = []
     for part in plan.parts:
-        methods = {cell.experiment.method.name for cell in part.cells if cell.experiment.method}
-        sentences += self.differences_on(part.settings, part.real, methods)
+        methods = [cell.experiment.method for cell in part.cells if cell.experiment.method]
+        drawn = {method.name for method in methods if getattr(method, "draws", 0)}
+        sentences += self.differences_on(part.settings, part.real, {method.name for method in methods}, drawn)
     swept = {cell.experiment.method.ipc for cell in plan.cells if cell.place in ("Figure 5", "Figure 6")}
     if swept - {50}:
         sentences.append(f"Figures 5 and 6 are swept at IPC {', '.join(map(str, sorted(swept)))}; "
@@ -267,8 +268,12 @@ def differences(self: DSDMPaper, plan: Plan) -> list:
     return [*sentences, BEST_OF_FOUR]
 
 @patch
-def differences_on(self: DSDMPaper, s: DSDMSettings, real, methods=("dm", "dsdm")) -> list:
-    "Sentences on one data set; of rates and draws only those of `methods`"
+def differences_on(
+    self: DSDMPaper, s: DSDMSettings, real,
+    methods=("dm", "dsdm"),   # whose settings are told
+    drawn=()                  # those that match under finitely many draws
+) -> list:
+    "Sentences on one data set"
     p, sentences = self.profiles["paper"], []
     if self.published(dataset=real.name).empty:
         sentences.append("no number of the paper that we could read refers to this data set, "
@@ -282,9 +287,8 @@ def differences_on(self: DSDMPaper, s: DSDMSettings, real, methods=("dm", "dsdm"
     if s.cross_steps:
         numbers.append(f"other architectures trained for about {s.cross_steps} steps, one network for each set")
     if numbers: sentences.append(f"{', '.join(numbers)}.")
-    drawn = sorted(name for name in methods if "draws" in registered()[name].__dataclass_fields__)
-    if s.draws and drawn:
-        sentences.append(f"{draws_sentence(s.draws, s.iterations)} So {' and '.join(drawn)}; other rows know no draws.")
+    if drawn:
+        sentences.append(f"{draws_sentence(s.draws, s.iterations)} So {' and '.join(sorted(drawn))}; other rows know no draws.")
     elif s.draws:
         sentences.append("draws are asked for, and no method of these rows knows them: all of them draw anew.")
     for name in sorted(set(s.shortened) & set(methods)):

@@ -11,6 +11,7 @@ __all__ = ['DSDM_METHODS', 'DSDM_ROWS', 'DSDM_CONTROLS', 'ABLATION', 'ARCHITECTU
 from dataclasses import dataclass, field, replace
 
 from ..distill.families import TrajectoryMatching
+from ..distill.gradient_matching import GradientMatching
 from ..evaluate.classification import stretched
 from ..evaluate.experiment import Experiment
 from ..methods import get_method, registered
@@ -117,10 +118,12 @@ class DSDMSettings:
         fields = registered()[name].__dataclass_fields__
         factor = changes.get("factor", registered()[name].factor)
         numbers = dict(iterations=self.iterations_of(name, ipc, factor), batch=self.batch_of(name, ipc, factor),
-                       models=self.models, pool_epochs=self.pool_epochs, pool_batch=self.pool_batch, draws=self.draws)
+                       models=self.models, pool_epochs=self.pool_epochs, pool_batch=self.pool_batch)
         if issubclass(registered()[name], TrajectoryMatching): del numbers["batch"]   # theirs is of learned samples
         if "batch" in fields: settings |= {k: v for k, v in numbers.items() if k in fields and v is not None}
-        return get_method(name, self.dataset, ipc, **settings | changes)
+        method = get_method(name, self.dataset, ipc, **settings | changes)
+        learns = isinstance(method, GradientMatching) and method.loops[0] > 1
+        return method.replace(draws=self.draws) if "draws" in fields and not learns else method
 
     def experiment(self, name: str, ipc: int, label: str, seed: int, **changes) -> Experiment:
         shared = dict(eval_seeds=self.eval_seeds, part=self.part, fusion="linear", width=self.width, label=label)
