@@ -184,15 +184,19 @@ def test_no_method_is_left_out(): assert {*ITERATED, *CORESETS} == set(registere
 
 # Finitely many draws, and going on
 
-def stored_features() -> float:
-    "The share of the way that features read from the store change a run"
-    method, real = small("dsdm", draws=2)
+def read_again(name: str, **changes) -> float:
+    "The share of the way that features, or gradients, read from the store change a run"
+    method, real = small(name, draws=2, **changes)
     with Emulator(), TemporaryDirectory() as store:
         first, again = (in_vectors(run(method, real, NAME, store=store)) for _ in range(2))
         start = in_vectors(run(replace(method, iterations=0), real, NAME, store=store))
     return ((first - again).norm() / (first - start).norm()).item()
 
-def test_features_come_back_from_the_store(child): assert child(stored_features) < 1e-6
+def test_features_come_back_from_the_store(child): assert child(read_again, "dsdm") < 1e-6
+
+def kept_gradients() -> float: return read_again("dsa", outer=1)
+
+def test_gradients_come_back_from_the_store(child): assert child(kept_gradients) < 1e-6
 
 
 def resumed(name: str, then: str) -> tuple:
