@@ -21,10 +21,11 @@ from ddrepro.distill import DistilledData
 from ddrepro.distill.distilled import set_files
 from ddrepro.distill.zoo import INDEX, check_zoo_name
 from ddrepro.evaluate import evaluate
-from ddrepro.evaluate.experiment import distillation_run, finished_run, recipe_name, settled
+from ddrepro.evaluate.experiment import recipe_name, settled
+from ddrepro.evaluate.runs import distillation_run, finished_run
 from ddrepro.papers import get_paper
 from ddrepro.papers.avdd import mtt_experiments
-from ddrepro.papers.dsdm import method_of
+from ddrepro.papers.dsdm_settings import method_of
 from ddrepro.report.parameters import declared_parameters
 
 LICENCES = {

@@ -44,7 +44,8 @@ from .evaluate.classification import evaluation_job, score, score_each, score_on
 from .evaluate.retrieval_speed import measure_retrieval
 from .methods import get_method
 from .nets.networks import FusionNet
-from .nets.training import get_recipe, idc_recipe, new_net, train
+from .nets.recipes import get_recipe, idc_recipe
+from .nets.training import new_net, train
 
 # %% ../nbs/bench.ipynb #cell-009
 def plain_features(net, x) -> torch.Tensor:

@@ -32,7 +32,8 @@ from .core.timing import peak_memory, table
 from .core.workers import keep_freed_memory, main_hidden
 from .data.augment import apply_dsa
 from .data.formation import decode
-from .data.real import FULL, Normalisation, Part, RealData
+from .data.normalisation import Normalisation
+from .data.real import FULL, Part, RealData
 from .data.sets.avdd_sets import PICTURES
 from .data.signals import AVDD_MEL
 from .distill.class_wise import distill_by_class

@@ -23,7 +23,8 @@ from torch.autograd import DeviceType
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
-from .bench import evaluation_jobs, noise_data, plain_dsdm, plain_iteration, prepared, score_stacked
+from .bench import evaluation_jobs, plain_dsdm, plain_iteration, prepared, score_stacked
+from .bench_gradients import noise_data
 from .core.arithmetic import FLOAT32_UNITS, unit
 from .core.certificates import environment
 from .core.compilers import compiler_lacks

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from .core.seeding import keyed_normal
 from .core.timing import in_turns, table
-from .data.real import FULL, Normalisation, Part, RealData
+from .data.normalisation import Normalisation
+from .data.real import FULL, Part, RealData
 from ddrepro.distill.gradients import (
     class_loss,
     gradient_distance,

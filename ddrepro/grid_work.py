@@ -31,17 +31,8 @@ from .core.workers import keep_freed_memory
 from .distill.distilled import DistilledData, merge
 from .distill.loop import Asked, distill, threads_of
 from .distill.method import Context
-from ddrepro.evaluate.experiment import (
-    Experiment,
-    Run,
-    distillation_run,
-    each_once,
-    finished_run,
-    run_each,
-    settled,
-    snapshot_path,
-    write_run,
-)
+from .evaluate.experiment import Experiment, each_once, run_each, settled
+from .evaluate.runs import Run, distillation_run, finished_run, snapshot_path, write_run
 from .grid_jobs import BY_CLASS, GridJob
 from .nets.experts import experts_of
 from .papers import all_papers

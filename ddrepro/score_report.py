@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'with_spread', 'stated_words', 'networks_of', 'recipe_named', 'score_table', 'stated_facts', 'score_card',
-           'picture_of', 'items', 'facts_table', 'section_of', 'score_report', 'write_scores']
+           'items', 'facts_table', 'picture_of', 'section_of', 'score_report', 'write_scores']
 
 # %% ../nbs/score_report.ipynb #023907a5
 import base64
@@ -21,7 +21,7 @@ from . import __version__
 from .core.certificates import environment
 from .core.files import write_atomic, write_json
 from .core.values import plain
-from .nets.training import Recipe
+from .nets.recipes import Recipe
 from .score_sets import Score, Stated
 
 # %% ../nbs/score_report.ipynb #a3e45ad2
@@ -74,23 +74,33 @@ def score_card(s: Score) -> dict:
         rows = s.rows[s.rows["as"] == as_]
         facts = asdict(recipe) if isinstance(recipe, Recipe) else dict(name=str(recipe))
         measured[as_] = dict(recipe=facts, mean=s.mean(as_), std=s.spread(as_), networks=networks_of(s, as_),
-                             steps=int(rows.steps.max()),
-                             samples=int(rows.samples.max()), measure=s.measure, accuracies=[round(a, 4) for a in s.accuracies(as_)])
+                             steps=int(rows.steps.max()), samples=int(rows.samples.max()), measure=s.measure,
+                             accuracies=[round(a, 4) for a in s.accuracies(as_)])
     first = p.sets[0]
     labels = dict(kind="hard") if first.soft is None else first.soft.facts()
     return plain(dict(
         set=p.request.title, files=[Path(f).name for f in p.released.paths[:20]], sha256=p.sha,
         layout=p.released.family, method=p.method,
         data=p.real.name, data_source=p.real.about.get("source", ""), data_remark=p.real.about.get("remark", ""),
-        ipc=first.ipc,
-        experiments=len(p.sets), shape={m: list(x.shape) for m, x in first.tensors.items()}, declared=asdict(p.said),
-        labels=labels,
-        rates=first.card.get("rates", {}),
+        ipc=first.ipc, experiments=len(p.sets), shape={m: list(x.shape) for m, x in first.tensors.items()},
+        declared=asdict(p.said), labels=labels, rates=first.card.get("rates", {}),
         signs={m: x._asdict() | dict(looks=x.looks, real=x.real, noise=x.noise) for m, x in p.signs.items()},
         file_says=stated_facts(s.by_file), paper_says=stated_facts(s.by_paper), measured=measured, verdict=s.verdict,
-        assumed=p.notes,
-        warnings=p.warnings, width=p.request.width, part=p.request.part, epochs=p.request.epochs,
+        assumed=p.notes, warnings=p.warnings,
+        width=p.request.width, part=p.request.part, epochs=p.request.epochs,
         environment=environment()), "card")
+
+# %% ../nbs/score_report.ipynb #6f9f65c2
+def items(sentences: list) -> str:
+    "Sentences as a list"
+    if not sentences: return "<p>Nothing.</p>"
+    return "<ul>" + "".join(f"<li>{html.escape(str(x))}</li>" for x in sentences) + "</ul>"
+
+def facts_table(facts: dict) -> str:
+    "Names and values as a table"
+    row = lambda k, v: f'<tr><th scope="row">{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>'
+    body = "".join(row(k, v) for k, v in facts.items())
+    return f"<table>{body}</table>"
 
 # %% ../nbs/score_report.ipynb #6294550c
 def picture_of(s: Score) -> str:
@@ -105,17 +115,7 @@ def picture_of(s: Score) -> str:
     source = base64.b64encode(content.getvalue()).decode()
     return f'<p><img src="data:image/png;base64,{source}" alt="{html.escape(alt, quote=True)}"></p>'
 
-def items(sentences: list) -> str:
-    "Sentences as a list"
-    if not sentences: return "<p>Nothing.</p>"
-    return "<ul>" + "".join(f"<li>{html.escape(str(x))}</li>" for x in sentences) + "</ul>"
-
-def facts_table(facts: dict) -> str:
-    "Names and values as a table"
-    row = lambda k, v: f'<tr><th scope="row">{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>'
-    body = "".join(row(k, v) for k, v in facts.items())
-    return f"<table>{body}</table>"
-
+# %% ../nbs/score_report.ipynb #78ebedd5
 def section_of(s: Score, pictures: bool) -> str:
     "A set's part of the report"
     card, p = score_card(s), s.prepared
@@ -129,10 +129,11 @@ def section_of(s: Score, pictures: bool) -> str:
              "learned rates": ", ".join(f"{m} {r:.4g}" for m, r in card["rates"].items()) or "none"}
     for m, x in p.signs.items():
         facts[f"signs of {m}"] = (f"{x.low:.0%} of the energy at 4 cycles and fewer, neighbours {x.neighbours:.2f}, "
-                                  f"k/255 {max(x.grid, x.grid_undone):.0%}, range {x.least:.2f} to {x.most:.2f}: looks {x.looks}")
+                                  f"k/255 {max(x.grid, x.grid_undone):.0%}, range {x.least:.2f} to {x.most:.2f}: "
+                                  f"looks {x.looks}")
     for as_, m in card["measured"].items():
-        facts[f"{as_} recipe"] = (f"{m['recipe']['name']}: {with_spread(m['mean'], m['std'])} %, {m['networks']} networks, {m['steps']:,} steps on "
-                                  f"{m['samples']:,} samples")
+        facts[f"{as_} recipe"] = (f"{m['recipe']['name']}: {with_spread(m['mean'], m['std'])} %, "
+                                  f"{m['networks']} networks, {m['steps']:,} steps on {m['samples']:,} samples")
     parts = [f"<h2>{html.escape(p.request.title)}</h2>", f"<p><strong>{html.escape(s.verdict)}</strong></p>",
              facts_table(facts)]
     if p.notes: parts.append("<h3>Assumed</h3>" + items(p.notes))
@@ -140,9 +141,11 @@ def section_of(s: Score, pictures: bool) -> str:
     if pictures: parts.append("<h3>Samples</h3>" + picture_of(s))
     return "\n".join(parts)
 
-ABOUT = ("Each set is trained on by new networks under the recipe that it was made for and under one that is the same for all, and scored on the test "
-         "part of its data. A number holds where the measured mean lies within two of its standard deviations, or within a point. ± is the population "
-         "standard deviation over all networks; networks are experiments × networks of each.")
+# %% ../nbs/score_report.ipynb #2c375c3b
+ABOUT = ("Each set is trained on by new networks under the recipe that it was made for and under one that is the same "
+         "for all, and scored on the test part of its data. A number holds where the measured mean lies within two of "
+         "its standard deviations, or within a point. ± is the population standard deviation over all networks; "
+         "networks are experiments × networks of each.")
 
 def score_report(
     scores: list,                # of Score
@@ -167,8 +170,10 @@ def score_report(
     return write_page(Path(out), lang="en", title=about["title"], lead=headline, contents=list_contents(soup),
                       body=markupsafe.Markup(soup),
                       provenance={k: str(v) for k, v in environment().items()}, about=about,
-                      footer=f"Made by ddrepro {__version__} score, {about['date']}. The page is complete: it loads nothing, runs no script.")
+                      footer=f"Made by ddrepro {__version__} score, {about['date']}. The page is complete: "
+                             "it loads nothing, runs no script.")
 
+# %% ../nbs/score_report.ipynb #783e8efe
 def write_scores(
     scores: list, folder, *, pictures: bool = True, refused: dict = {}
 ) -> Path:   # the report

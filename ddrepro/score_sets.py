@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REGRESSION_STEPS', 'OWN', 'UNKNOWN', 'CONTROLS', 'COMMON', 'SCORE_COLUMNS', 'POINT', 'ROWS_OF', 'OwnRecipe',
            'pictured', 'of_dc', 'of_dsa', 'of_cafe', 'of_mtt', 'of_idc', 'of_regression', 'of_dd', 'of_avdd',
-           'method_of_file', 'ScoreRequest', 'Prepared', 'own_released', 'prepared_of', 'prepared_of_own', 'common_of',
-           'recipes_of', 'score_key', 'rows_of_experiment', 'score_rows', 'Stated', 'stated_by_file', 'stated_by_paper',
-           'verdict_on', 'Score', 'score_set']
+           'method_of_file', 'ScoreRequest', 'Prepared', 'common_of', 'recipes_of', 'own_released', 'prepared_of_own',
+           'prepared_of', 'score_key', 'rows_of_experiment', 'score_rows', 'Stated', 'stated_by_file',
+           'stated_by_paper', 'verdict_on', 'Score', 'score_set']
 
 # %% ../nbs/score_sets.ipynb #3453b409
 import io
@@ -39,7 +39,7 @@ from ddrepro.distill.released_sets import (
 )
 from .evaluate.tasks import evaluate, task_of
 from .methods.dsdm import dsdm_recipe
-from .nets.training import Recipe, dc_recipe, get_recipe, recipe_from
+from .nets.recipes import Recipe, dc_recipe, get_recipe, recipe_from
 from .papers import published
 
 # %% ../nbs/score_sets.ipynb #b337e15c
@@ -75,6 +75,7 @@ def of_idc(epochs: int) -> Callable:
         return OwnRecipe(dsdm_recipe(real.name, s.ipc, s.factor, epochs, sounds=sounds))
     return own
 
+# %% ../nbs/score_sets.ipynb #c9fe8afb
 REGRESSION_STEPS = 5_000    # of KIP's and FRePo's networks
 
 def of_regression(real, s) -> OwnRecipe:
@@ -88,10 +89,13 @@ def of_dd(real, s) -> OwnRecipe:
 
 def of_avdd(real, s) -> OwnRecipe: return OwnRecipe(get_recipe("avdd"))
 
+# %% ../nbs/score_sets.ipynb #714b2e1e
 OWN = {"dc": of_dc, **dict.fromkeys(("dsa", "dm", "datadam", "idm"), of_dsa), "cafe": of_cafe,
        **dict.fromkeys(("mtt", "ftd", "tesla", "datm", "pad"), of_mtt), "idc": of_idc(1000), "ncfm": of_idc(1000),
        "dsdm": of_idc(1500), **dict.fromkeys(("kip", "rfad", "frepo", "rcig"), of_regression), "dd": of_dd,
        "avdd": of_avdd}
+
+# %% ../nbs/score_sets.ipynb #6900fb89
 UNKNOWN = "the file does not say which method made it: --method does"
 CONTROLS = ("real", "kmeans", "random", "herding", "kcenter", "noise", "control")   # words of names
 
@@ -156,52 +160,7 @@ class Prepared:
     signs: dict              # modality → SpaceSigns, of the first experiment
     sha: str                 # SHA-256 of the files
 
-def own_released(path) -> DistilledData | None:
-    "A set of this library, or None where the path is none"
-    try: files = set_files(path)
-    except ValueError: return None
-    return DistilledData.load(path) if files.card.is_file() and files.tensors.is_file() else None
-
-def prepared_of(request: ScoreRequest, real=None, store=None) -> Prepared:
-    "Read a set and settle how it is scored; ValueError, with the file's name, where it cannot be"
-    if not request.on and real is None:
-        raise ValueError(f"{request.path} does not say which data it is of: --on says it, such as --on cifar10")
-    real = real or as_real(request.on)
-    if (mine := own_released(request.path)) is not None: return prepared_of_own(request, real, mine)
-    released = open_released(request.path, request.family, request.labels)
-    said = settled_for(request.declared, released, real)
-    method = method_of_file(released, request.path, request.method)
-    signs, told = signs_and_warnings(released.sets[0].tensors, real, said.space)
-    scored = data_in_space(real, said, store)
-    sha = sha_of(released.paths)
-    if said.space == "zca" and (real.about.get("remark") or "").startswith("decoded from JPEG"):
-        told.append("the whitening is fitted on pictures that were JPEG, whose fine details are weaker than the original's")
-    sets = []
-    for e, found in enumerate(released.sets[:request.experiments]):
-        facts = dict(method=dict(method=method or released.family), seed=e,
-                     released=dict(files=[Path(p).name for p in released.paths[:20]], sha256=sha, space=said.space,
-                                   way=said.way))
-        where = f"experiment {e} of {request.path}" if len(released.sets) > 1 else str(request.path)
-        sets.append(distilled_from_released(found, scored, said, facts, where))
-    recipes, notes = recipes_of(request, scored, sets[0], method)
-    notes = [*dict.fromkeys([*sets[0].card.get("notes", []), *notes])]
-    if len(sets) < len(released.sets): notes.append(f"{len(sets)} of {len(released.sets)} experiments are scored")
-    return Prepared(request, released, said, method, scored, sets, recipes, notes, told, signs, sha)
-
-def prepared_of_own(request: ScoreRequest, real, mine: DistilledData) -> Prepared:
-    "A set that this library saved: its card says all"
-    recipe = mine.card.get("recipe")
-    notes = [] if recipe else ["its card names no recipe"]
-    own = request.recipe or (recipe_from(recipe) if recipe else None)
-    recipes = ({"own": get_recipe(own)} if own else {}) | common_of(request, real, own and get_recipe(own))
-    said = DeclaredSet(next(iter(mine.space.values()), "normalised"), None, mine.factor, mine.order, 1.)
-    method = mine.card.get("method", {})
-    files = set_files(request.path)
-    released = Released("ddrepro", (None,), paths=tuple(files))
-    return Prepared(request, released, said, method.get("method", "") if isinstance(method, dict) else str(method),
-                    real, [mine],
-                    recipes, notes, [], {}, sha_of(files))
-
+# %% ../nbs/score_sets.ipynb #8143b1e4
 def common_of(request: ScoreRequest, real, own: Recipe | None) -> dict:
     "'common' → the recipe for all, where there is one and it is not the set's own anyway"
     if request.common == "none" or real.task == "retrieval": return {}
@@ -221,6 +180,54 @@ def recipes_of(request: ScoreRequest, real, s: DistilledData, method: str) -> tu
     if not recipes:
         raise ValueError(f"{request.path} has no recipe to be scored by: {own.note}; --recipe or --common names one")
     return recipes, [own.note] if own.note else []
+
+# %% ../nbs/score_sets.ipynb #13f11d6a
+def own_released(path) -> DistilledData | None:
+    "A set of this library, or None where the path is none"
+    try: files = set_files(path)
+    except ValueError: return None
+    return DistilledData.load(path) if files.card.is_file() and files.tensors.is_file() else None
+
+def prepared_of_own(request: ScoreRequest, real, mine: DistilledData) -> Prepared:
+    "A set that this library saved: its card says all"
+    recipe = mine.card.get("recipe")
+    notes = [] if recipe else ["its card names no recipe"]
+    own = request.recipe or (recipe_from(recipe) if recipe else None)
+    recipes = ({"own": get_recipe(own)} if own else {}) | common_of(request, real, own and get_recipe(own))
+    said = DeclaredSet(next(iter(mine.space.values()), "normalised"), None, mine.factor, mine.order, 1.)
+    method = mine.card.get("method", {})
+    files = set_files(request.path)
+    released = Released("ddrepro", (None,), paths=tuple(files))
+    name = method.get("method", "") if isinstance(method, dict) else str(method)
+    return Prepared(request, released, said, name, real, [mine], recipes, notes, [], {}, sha_of(files))
+
+# %% ../nbs/score_sets.ipynb #fb8c5fea
+def prepared_of(request: ScoreRequest, real=None, store=None) -> Prepared:
+    "Read a set and settle how it is scored; ValueError, with the file's name, where it cannot be"
+    if not request.on and real is None:
+        raise ValueError(f"{request.path} does not say which data it is of: --on says it, such as --on cifar10")
+    real = real or as_real(request.on)
+    if (mine := own_released(request.path)) is not None: return prepared_of_own(request, real, mine)
+    released = open_released(request.path, request.family, request.labels)
+    said = settled_for(request.declared, released, real)
+    method = method_of_file(released, request.path, request.method)
+    signs, told = signs_and_warnings(released.sets[0].tensors, real, said.space)
+    scored = data_in_space(real, said, store)
+    sha = sha_of(released.paths)
+    if said.space == "zca" and (real.about.get("remark") or "").startswith("decoded from JPEG"):
+        told.append("the whitening is fitted on pictures that were JPEG, whose fine details are weaker than "
+                    "the original's")
+    sets = []
+    for e, found in enumerate(released.sets[:request.experiments]):
+        facts = dict(method=dict(method=method or released.family), seed=e,
+                     released=dict(files=[Path(p).name for p in released.paths[:20]], sha256=sha, space=said.space,
+                                   way=said.way))
+        where = f"experiment {e} of {request.path}" if len(released.sets) > 1 else str(request.path)
+        sets.append(distilled_from_released(found, scored, said, facts, where))
+    recipes, notes = recipes_of(request, scored, sets[0], method)
+    notes = [*dict.fromkeys([*sets[0].card.get("notes", []), *notes])]
+    if len(sets) < len(released.sets): notes.append(f"{len(sets)} of {len(released.sets)} experiments are scored")
+    return Prepared(request, released, said, method, scored, sets, recipes, notes, told, signs, sha)
 
 # %% ../nbs/score_sets.ipynb #64f81262
 SCORE_COLUMNS = ["recipe", "experiment", "modality", "eval_seed", "accuracy", "steps", "samples"]
@@ -246,8 +253,7 @@ def rows_of_experiment(p: Prepared, experiment: int, recipe: Recipe, device: str
     if missing:
         options = {} if p.real.task == "retrieval" else dict(width=p.request.width)
         made = evaluate(p.sets[experiment], p.real, recipe, seeds=missing, part=p.request.part,
-                        epochs=p.request.epochs, device=device,
-                        store=store_folder(), **options)
+                        epochs=p.request.epochs, device=device, store=store_folder(), **options)
         made = made.assign(recipe=getattr(recipe, "name", recipe), experiment=experiment)[SCORE_COLUMNS]
         rows = pd.concat([rows, made], ignore_index=True) if len(rows) else made
         write_atomic(path, sealed(rows.to_csv(index=False)))
@@ -262,7 +268,8 @@ def score_rows(p: Prepared, device: str = "auto", say=print) -> pd.DataFrame:   
         if same: tables.append(tables[list(scored).index(same)].assign(**{"as": as_}))
         for e in range(len(p.sets)) if not same else ():
             rows = rows_of_experiment(p, e, recipe, device)
-            say(f"{p.request.title}: {as_} recipe {getattr(recipe, 'name', recipe)}, experiment {e}: {rows.accuracy.mean():.2f} %")
+            say(f"{p.request.title}: {as_} recipe {getattr(recipe, 'name', recipe)}, experiment {e}: "
+                f"{rows.accuracy.mean():.2f} %")
             scored[as_] = facts
             tables.append(rows.assign(**{"as": as_}))
     return pd.concat(tables, ignore_index=True)
@@ -278,8 +285,7 @@ class Stated(NamedTuple):
     source: str
 
 ROWS_OF = {"dc": "DC", "dsa": "DSA", "dm": "DM", "idm": "IDM", "cafe": "CAFE", "mtt": "MTT", "dsdm": "DSDM",
-           "idc": "IDC", "dd": "DD",
-           "datadam": "DataDAM", "kip": "KIP", "frepo": "FRePo"}
+           "idc": "IDC", "dd": "DD", "datadam": "DataDAM", "kip": "KIP", "frepo": "FRePo"}
 
 def stated_by_file(released: Released) -> Stated | None:
     "What the file states of ConvNet, else of its first network"
@@ -341,8 +347,8 @@ class Score:
             return f"control: noise, not distilled; chance is {100 / len(p.real.classes):.0f} %"
         if p.request.epochs is not None: return f"a first look, {p.request.epochs} epochs: comparable with nothing"
         if not np.isfinite(self.mean("own")): return "its own recipe cannot be taken"
-        told = [f"{words} {verdict_on(self.mean('own'), x)}" for words,
-                x in (("the file's number", self.by_file), ("the paper's", self.by_paper)) if x]
+        stated = (("the file's number", self.by_file), ("the paper's", self.by_paper))
+        told = [f"{words} {verdict_on(self.mean('own'), x)}" for words, x in stated if x]
         return "; ".join(told) or "nothing is stated"
 
 def score_set(request: ScoreRequest, real=None, device: str = "auto", say=print) -> Score:

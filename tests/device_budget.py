@@ -18,13 +18,14 @@ from emulated_device import NAME, WAITS, Emulator
 
 from ddrepro.core.compute import Compute
 from ddrepro.core.seeding import keyed_normal
-from ddrepro.data.real import Normalisation, Part, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import Part, RealData
 from ddrepro.distill.loop import distill
 from ddrepro.distill.method import Context
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.nets.pair_training import PairRecipe
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from helpers import squares
 
 BUDGET = Path(__file__).with_name("device_budget.json")

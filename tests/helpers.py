@@ -19,8 +19,9 @@ import torch
 
 from ddrepro.core.files import digest, load_tensors
 from ddrepro.core.seeding import keyed_int, keyed_normal
+from ddrepro.data.normalisation import Normalisation
 from ddrepro.data.pairs import PairData, PairPart
-from ddrepro.data.real import Normalisation, RealData
+from ddrepro.data.real import RealData
 from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import DistilledData
 

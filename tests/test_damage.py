@@ -13,7 +13,7 @@ from ddrepro.distill.loop import Checkpoints, distill, run_identity
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
 from ddrepro.nets.networks import spec_for
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from helpers import DAMAGES, Stop, damages, flipped, one_process, truncated
 
 METHOD = get_method("avdd", "digits_av", ipc=1, width=4, batch=8, start_from="random", iterations=6)

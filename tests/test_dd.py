@@ -14,13 +14,14 @@ from ddrepro.distill.loop import distill
 from ddrepro.distill.method import AdamRule, Context, Diverged
 from ddrepro.distill.unroll import unroll
 from ddrepro.evaluate.classification import with_targets
-from ddrepro.evaluate.experiment import Experiment, run_all, snapshot_path
+from ddrepro.evaluate.experiment import Experiment, run_all
+from ddrepro.evaluate.runs import snapshot_path
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.methods.dd import raw_rate, real_rows
 from ddrepro.nets.learned_steps import first_net, rows_of_step, train_by_steps, with_learned_steps
 from ddrepro.nets.networks import spec_for
-from ddrepro.nets.training import get_recipe
+from ddrepro.nets.recipes import get_recipe
 from ddrepro.nets.vectors import flatten
 from helpers import few_digits, one_process, one_thread, squares
 

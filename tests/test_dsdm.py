@@ -15,7 +15,8 @@ from ddrepro.core.files import load_tensors
 from ddrepro.core.seeding import keyed, keyed_normal, keyed_uniform
 from ddrepro.data.augment import Augmentation, apply_dsa
 from ddrepro.data.formation import decode, encode, per_canvas
-from ddrepro.data.real import FULL, Normalisation, Part, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import FULL, Part, RealData
 from ddrepro.data.registry import load_data
 from ddrepro.data.signals import SPEECH_LOG
 from ddrepro.distill.distilled import DistilledData, merge
@@ -29,7 +30,8 @@ from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.methods.dsdm import dsdm_rate
 from ddrepro.nets.networks import NetSpec, spec_for
-from ddrepro.nets.training import Recipe, idc_recipe, new_net, train, train_together
+from ddrepro.nets.recipes import Recipe, idc_recipe
+from ddrepro.nets.training import new_net, train, train_together
 from helpers import (
     PATIENCE,
     Stop,

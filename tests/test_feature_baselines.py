@@ -11,7 +11,8 @@ import torch
 import ddrepro.methods.cafe as cafe_module
 from ddrepro.core.compute import EXACT, Compute
 from ddrepro.core.seeding import isolated_rng, keyed_normal, keyed_uniform
-from ddrepro.data.real import FULL, Normalisation, Part, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import FULL, Part, RealData
 from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import merge
 from ddrepro.distill.loop import Checkpoints, distill, run_identity
@@ -22,7 +23,7 @@ from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method, registered
 from ddrepro.methods.m3d import M3D_UNREAD
 from ddrepro.nets.networks import NetSpec
-from ddrepro.nets.training import dc_recipe
+from ddrepro.nets.recipes import dc_recipe
 from helpers import Stop, one_process
 
 DOUBLE = Compute(precision="float64", threads=0)

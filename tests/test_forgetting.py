@@ -10,7 +10,8 @@ from ddrepro.distill.coresets import class_forgetting, coreset, forgetting_count
 from ddrepro.distill.loop import distill
 from ddrepro.methods import get_method
 from ddrepro.nets.networks import NetSpec
-from ddrepro.nets.training import Recipe, new_net, train
+from ddrepro.nets.recipes import Recipe
+from ddrepro.nets.training import new_net, train
 from helpers import few_digits, squares
 
 WATCHED = Recipe("watched", 6, 16, "sgd", rate=.1, augment=False)

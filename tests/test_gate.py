@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddrepro.core.seeding import keyed
-from ddrepro.data.real import Normalisation, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import RealData
 from ddrepro.distill.distilled import DistilledData, export
 from ddrepro.distill.loop import distill
 from ddrepro.evaluate.experiment import Experiment
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from helpers import one_process
 
 QUICK = Recipe("quick", 1, 16, "sgd", rate=.01, augment=False)

@@ -11,7 +11,8 @@ from ddrepro.core.compute import Compute
 from ddrepro.core.seeding import keyed_choice, keyed_normal
 from ddrepro.data.augment import apply_dsa, augment
 from ddrepro.data.formation import decode
-from ddrepro.data.real import DIGITS, Normalisation, Part, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import DIGITS, Part, RealData
 from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import DistilledData
 from ddrepro.distill.gradients import gradient_distance
@@ -20,7 +21,8 @@ from ddrepro.distill.method import Context, Diverged
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.nets.networks import NETS
-from ddrepro.nets.training import Recipe, get_recipe, train
+from ddrepro.nets.recipes import Recipe, get_recipe
+from ddrepro.nets.training import train
 from helpers import one_thread, run_script
 
 DOUBLE = Compute(precision="float64")

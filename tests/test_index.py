@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from ddrepro.cli import is_committed, main, render, reports_folder
+from ddrepro.cli import main
+from ddrepro.cli_runs import is_committed, render, reports_folder
 from ddrepro.core.share import project_root
 from ddrepro.papers import get_paper
 from ddrepro.report.face import face_of
@@ -88,7 +89,7 @@ def test_a_report_beside_committed_ones_changes_none_of_them(monkeypatch):
 
 def test_the_committed_index_is_not_made_anew_by_a_report(tmp_path, monkeypatch):
     import nbformat
-    monkeypatch.setattr("ddrepro.cli.project_root", lambda: tmp_path)
+    monkeypatch.setattr("ddrepro.cli_runs.project_root", lambda: tmp_path)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A report")]), tmp_path / "a.ipynb")
     render(tmp_path / "a.ipynb", tmp_path / "reports/a.html")
     assert [path.name for path in (tmp_path / "reports").iterdir()] == ["a.html"]

@@ -21,7 +21,7 @@ from ddrepro.distill.loop import distill
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
 from ddrepro.data.registry import load_data
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 
 torch.set_num_threads(1)
 real = load_data("digits_av")

@@ -25,7 +25,7 @@ from ddrepro.distill.loop import Checkpoints, distill, run_identity
 from ddrepro.distill.unroll import Snapshots
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from helpers import DDREPRO, KERNEL, PATIENCE, run_command, run_script
 
 ENCODINGS = {
@@ -83,8 +83,8 @@ AS_TINY = '''
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-import ddrepro.cli as cli
-cli.share_path = lambda name: Path(name)
+from ddrepro import cli, cli_runs
+cli_runs.share_path = lambda name: Path(name)
 sys.exit(cli.main())
 '''
 
@@ -95,7 +95,7 @@ def tiny(tmp_path, monkeypatch):
     cells = [new_code_cell(source, metadata={"tags": [tag]}) for tag, source in TINY.items()]
     (tmp_path / "nbs").mkdir()
     nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "nbs/repro_tiny.ipynb")
-    monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / name)
+    monkeypatch.setattr("ddrepro.cli_runs.share_path", lambda name: tmp_path / name)
     monkeypatch.setenv("DDREPRO_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -370,7 +370,7 @@ def said_by(words: str, capsys):
 def test_slips_are_met_with_help_and_start_nothing(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDREPRO_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr("ddrepro.cli.run_notebook", lambda *words: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("ddrepro.cli_runs.run_notebook", lambda *words: pytest.fail("a kernel was started"))
     status, said = said_by(words, capsys)
     assert status == 2 and (SLIPS | BY_THE_PAPER)[words] in said, said
     assert list(tmp_path.iterdir()) == []      # nothing was made either

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from ddrepro.core.compute import EXACT
 from ddrepro.core.seeding import keyed_normal
 from ddrepro.data.augment import augment
-from ddrepro.data.real import Normalisation, Part, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import Part, RealData
 from ddrepro.distill.loop import distill, start_state
 from ddrepro.distill.method import Context
 from ddrepro.methods import get_method

@@ -20,7 +20,7 @@ from ddrepro.methods import get_method
 from ddrepro.nets.encoders import NFConvNet
 from ddrepro.nets.networks import ConvNet
 from ddrepro.nets.pair_training import PairRecipe
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from helpers import Stop, flipped, one_thread, squares, truncated
 
 STOPPED = 3   # iterations that a run has done when it is stopped

@@ -13,12 +13,14 @@ from ddrepro.distill.distilled import DistilledData
 from ddrepro.distill.loop import distill
 from ddrepro.distill.method import Context, Diverged
 from ddrepro.evaluate.classification import evaluation_job, score_one
-from ddrepro.evaluate.experiment import Experiment, distillation_run, settled, snapshot_path
+from ddrepro.evaluate.experiment import Experiment, settled
+from ddrepro.evaluate.runs import distillation_run, snapshot_path
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.methods.mtt import step_rows
 from ddrepro.nets.networks import FusionNet
-from ddrepro.nets.training import Recipe, dc_recipe, get_recipe, make_optimiser, new_net, train
+from ddrepro.nets.recipes import Recipe, dc_recipe, get_recipe, make_optimiser
+from ddrepro.nets.training import new_net, train
 from ddrepro.nets.vectors import flatten
 from helpers import one_thread, run_script
 

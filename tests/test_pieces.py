@@ -15,16 +15,8 @@ from ddrepro.methods.mtt import student_bytes
 from ddrepro.nets import pieces
 from ddrepro.nets.experts import Experts, expert_jobs, experts_side_by_side
 from ddrepro.nets.networks import NetSpec, spec_for
-from ddrepro.nets.training import (
-    Recipe,
-    idc_recipe,
-    network_groups,
-    new_net,
-    samples_at_once,
-    train,
-    train_together,
-    training_loss,
-)
+from ddrepro.nets.recipes import Recipe, idc_recipe
+from ddrepro.nets.training import network_groups, new_net, samples_at_once, train, train_together, training_loss
 from ddrepro.nets.vectors import flatten, layout_of, run_flat
 from helpers import one_thread
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ddrepro.core.provenance import Undigestible, code_digest, store_code
+from ddrepro.core.provenance import code_digest, store_code
+from ddrepro.core.readers import Undigestible
 from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import DistilledData
 from ddrepro.distill.method import Diverged
-from ddrepro.evaluate.experiment import Experiment, experiment_digest, run_all
+from ddrepro.evaluate.experiment import Experiment, run_all
+from ddrepro.evaluate.runs import experiment_digest
 from ddrepro.evaluate.tasks import TASKS
 from ddrepro.methods import get_method, list_methods, register
 from ddrepro.methods.avdd import AVDD
 from ddrepro.methods.dm import DM
-from ddrepro.nets.training import RECIPES, Recipe
+from ddrepro.nets.recipes import RECIPES, Recipe
 
 FILES = {
     "__init__.py": "",
@@ -217,7 +219,7 @@ def test_no_digest_follows_the_registries():
 
 EXPERIMENTS = """
 from ddrepro.evaluate.tasks import TASKS
-from ddrepro.evaluate.experiment import experiment_digest
+from ddrepro.evaluate.runs import experiment_digest
 from ddrepro.methods import get_method, list_methods
 print([experiment_digest(get_method(name), task) for name in list_methods().name for task in TASKS.values()])
 """

@@ -14,7 +14,8 @@ from ddrepro.data.augment import (
     cutmix_span,
     draw_diffaug,
 )
-from ddrepro.data.real import Normalisation, Part, RealData
+from ddrepro.data.normalisation import Normalisation
+from ddrepro.data.real import Part, RealData
 from ddrepro.distill.coresets import coreset, herding_order, kcenter_order
 from ddrepro.nets.networks import FusionNet, NetSpec, spec_for
 from helpers import assert_close, reference, reference_input

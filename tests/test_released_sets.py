@@ -32,7 +32,7 @@ from ddrepro.distill.released_formats import FAMILIES
 from ddrepro.distill.released_sets import DeclaredSet, open_released, settled_for
 from ddrepro.evaluate.classification import evaluation_job
 from ddrepro.evaluate.tasks import evaluate
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from ddrepro.score_sets import ScoreRequest, prepared_of, score_set
 from helpers import ENVIRONMENT, one_process
 

@@ -7,7 +7,8 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ddrepro.cli import main, papers
+from ddrepro.cli import main
+from ddrepro.cli_runs import papers
 from ddrepro.report.index import report_index
 from ddrepro.report.report import render_report, tagged_output
 from helpers import KERNEL
@@ -92,7 +93,7 @@ def command(tmp_path, monkeypatch, capsys):
     cells = [new_code_cell("\n".join(lines), metadata={"tags": [tag]}) for tag, lines in TINY.items()]
     (tmp_path / "nbs").mkdir()
     nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / "nbs/repro_tiny.ipynb")
-    monkeypatch.setattr("ddrepro.cli.share_path", lambda name: tmp_path / name)
+    monkeypatch.setattr("ddrepro.cli_runs.share_path", lambda name: tmp_path / name)
     monkeypatch.setenv("DDREPRO_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
 

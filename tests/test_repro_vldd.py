@@ -9,7 +9,7 @@ import pytest
 
 from ddrepro.cli import main
 from ddrepro.core.share import share_path
-from ddrepro.papers.vldd import VL_TABLES
+from ddrepro.papers.vldd_settings import VL_TABLES
 from helpers import DDREPRO, kept_files, papermill, run_command
 
 NOTEBOOK = share_path("nbs/repro_vldd.ipynb")

@@ -25,7 +25,7 @@ from ddrepro.evaluate.robustness import (
     run_robustness,
 )
 from ddrepro.methods import get_method
-from ddrepro.nets.training import Recipe, get_recipe
+from ddrepro.nets.recipes import Recipe, get_recipe
 from helpers import few_digits, one_process
 
 QUICK = Recipe("quick", 2, 8, "sgd", rate=.05)

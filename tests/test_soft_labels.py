@@ -11,17 +11,19 @@ from ddrepro.core.files import DamagedFile, load_tensors, save_tensors, write_js
 from ddrepro.core.files import digest as digest_of
 from ddrepro.core.provenance import short_hash
 from ddrepro.core.seeding import keyed_normal
-from ddrepro.data.real import Normalisation
+from ddrepro.data.normalisation import Normalisation
 from ddrepro.data.registry import load_data
 from ddrepro.distill.distilled import DistilledData, export, merge
 from ddrepro.distill.soft_labels import SoftLabels, smoothed
 from ddrepro.distill.teachers import Teacher, taught, teacher_of
 from ddrepro.evaluate.classification import evaluation_job, numbered_as, score
-from ddrepro.evaluate.experiment import Experiment, Run, run_all, settled
+from ddrepro.evaluate.experiment import Experiment, run_all, settled
+from ddrepro.evaluate.runs import Run
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.methods import get_method
 from ddrepro.nets.networks import NetSpec
-from ddrepro.nets.training import Recipe, idc_recipe, new_net, train, training_loss
+from ddrepro.nets.recipes import Recipe, idc_recipe
+from ddrepro.nets.training import new_net, train, training_loss
 from helpers import few_digits, one_process
 
 NAMES = ("a", "b", "c")

@@ -12,7 +12,8 @@ from ddrepro.data.registry import load_data
 from ddrepro.distill.unroll import keyed_dropout, trajectory_loss, unroll
 from ddrepro.nets.experts import Experts, Segments, Trajectories
 from ddrepro.nets.networks import NetSpec
-from ddrepro.nets.training import Recipe, training_loss
+from ddrepro.nets.recipes import Recipe
+from ddrepro.nets.training import training_loss
 from ddrepro.nets.vectors import run_flat
 from helpers import one_thread, run_script, snapshot_digests
 
@@ -23,7 +24,7 @@ TRAIN = '''
 import json, sys
 from ddrepro.nets.networks import NetSpec
 from ddrepro.data.registry import load_data
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from ddrepro.nets.experts import Experts
 from helpers import die_at
 

@@ -11,7 +11,7 @@ from ddrepro.data.registry import load_data
 from ddrepro.distill.loop import distill
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from helpers import one_process
 
 QUICK = Recipe("quick", 4, 16, "sgd", rate=.05, augment=False)

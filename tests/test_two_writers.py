@@ -19,7 +19,7 @@ from ddrepro.distill.loop import distill
 from ddrepro.evaluate.experiment import Experiment, run_all
 from ddrepro.methods import get_method
 from ddrepro.nets.pair_training import PairRecipe
-from ddrepro.nets.training import Recipe
+from ddrepro.nets.recipes import Recipe
 from ddrepro.core.seeding import keyed_normal
 from helpers import squares
 

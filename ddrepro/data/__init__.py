@@ -6,12 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/data/90_data.ipynb #41dd7ead
+from .normalisation import Normalisation as Normalisation
+from .normalisation import Whitening as Whitening
 from .pairs import PairData as PairData
 from .pairs import PairPart as PairPart
-from .real import Normalisation as Normalisation
 from .real import Part as Part
 from .real import RealData as RealData
-from .real import Whitening as Whitening
 from .registry import dataset as dataset
 from .registry import list_data as list_data
 from .registry import load_data as load_data

@@ -23,7 +23,8 @@ from ..core.values import whole_number
 from .clip_lists import ClipList
 from .folder_parts import check_folder
 from .ingest import MANIFEST, REPORT, SHARD, checksum_of, ingest, lost_in_words, second_bytes
-from .real import FULL, PARTS, Normalisation, Part, RealData
+from .normalisation import Normalisation
+from .real import FULL, PARTS, Part, RealData
 from .registry import data_root
 from .signals import signal_from
 from .video import Look

@@ -6,8 +6,8 @@
 __all__ = ['SHARD', 'SHARD_SECONDS', 'BAD', 'SETTINGS', 'MANIFEST', 'REPORT', 'ShardJob', 'ShardReport', 'shard_key', 'cut_shard',
            'read_video', 'silent', 'pictures_of', 'spectrograms_of', 'report_of', 'checksum_of', 'second_bytes',
            'known_seconds', 'check_settings', 'check_room', 'shard_jobs', 'report_rows', 'write_report',
-           'reasons_in_words', 'Refusal', 'refuse_missing', 'ingest', 'lost_in_words', 'refuse_left_out',
-           'refuse_faults', 'shard_facts', 'is_done', 'finish']
+           'reasons_in_words', 'Refusal', 'refuse_missing', 'lost_in_words', 'refuse_left_out', 'refuse_faults',
+           'shard_facts', 'is_done', 'finish', 'ingest']
 
 # %% ../../nbs/data/14_ingest.ipynb #df202ea6
 import csv
@@ -53,6 +53,7 @@ class ShardReport(NamedTuple):
     faults: list   # (number in the shard, start, reason, detail)
     kept: bool     # whether it was there
 
+# %% ../../nbs/data/14_ingest.ipynb #af1a81ae
 def shard_key(videos: list, sizes: list, look: Look) -> str:
     "A hash of all that a shard depends on"
     seconds = [v.seconds if isinstance(v.seconds, str) else list(v.seconds) for v in videos]
@@ -71,16 +72,19 @@ def cut_shard(job: ShardJob) -> ShardReport:
                 seconds.append(second)
                 rows.append((video.label, PARTS.index(video.part), i))
     label, part, number = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T
-    tensors = dict(image=pictures_of(seconds, job.look), audio=spectrograms_of(seconds, job.look), label=label, part=part,
-                   video=number, start=torch.tensor([s.start for s in seconds], dtype=torch.float64))
+    start = torch.tensor([s.start for s in seconds], dtype=torch.float64)
+    tensors = dict(image=pictures_of(seconds, job.look), audio=spectrograms_of(seconds, job.look),
+                   label=label, part=part, video=number, start=start)
     meta = dict(key=job.key, videos=len(job.videos), seconds=len(seconds), faults=faults)
     save_tensors(job.path, tensors, SHARD, meta)
     return ShardReport(job.path, len(job.videos), len(seconds), faults, kept=False)
 
+# %% ../../nbs/data/14_ingest.ipynb #231082b3
 def read_video(job: ShardJob, video: Video) -> list:
     "Its seconds, or why there are none"
     if not video.file: return [Fault(None, "missing", "")]
-    if not isinstance(video.seconds, str) and not video.seconds: return [Fault(None, "too short", "its event lasts 0 s")]
+    if not isinstance(video.seconds, str) and not video.seconds:
+        return [Fault(None, "too short", "its event lasts 0 s")]
     return read_seconds(Path(job.folder) / video.file, video.seconds, job.look)
 
 def silent(second: Second, look: Look) -> bool: return bool(second.wave.abs().max() <= look.silence)
@@ -95,14 +99,13 @@ def spectrograms_of(seconds: list, look: Look) -> torch.Tensor:   # (n, 1, bands
     waves = torch.stack([s.wave for s in seconds])
     return torch.cat([look.signal(some) for some in waves.split(64)])
 
+# %% ../../nbs/data/14_ingest.ipynb #bfdb1448
 def report_of(job: ShardJob) -> ShardReport | None:
     "The report of a shard that is there, intact and the same; else nothing"
     try: _, meta = load_tensors(job.path, SHARD)
     except (FileNotFoundError, DamagedFile): return None
     if meta["key"] != job.key: return None
     return ShardReport(job.path, meta["videos"], meta["seconds"], meta["faults"], kept=True)
-
-# %% ../../nbs/data/14_ingest.ipynb #bfdb1448
 def checksum_of(path) -> str:
     "The SHA-256 that a shard carries, over its tensors and its report"
     with safe_open(path, "pt") as shard: return shard.metadata()["sha256"]
@@ -141,8 +144,10 @@ def check_room(out: Path, clips: ClipList, look: Look):
     there = sum(p.stat().st_size for p in out.glob("shard-*.safetensors"))
     free = shutil.disk_usage(out).free
     if wanted - there > free:
-        raise OSError(f"{out} needs about {wanted / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: give a folder elsewhere")
+        raise OSError(f"{out} needs about {wanted / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: "
+                      "give a folder elsewhere")
 
+# %% ../../nbs/data/14_ingest.ipynb #90c53daa
 def shard_jobs(clips: ClipList, out: Path, look: Look) -> list[ShardJob]:
     "The shards of a list"
     mean = max(1, known_seconds(clips.videos) / max(1, len(clips.videos)))
@@ -179,7 +184,7 @@ def reasons_in_words(rows: list) -> str:
     counts = Counter(f"{reason} (kept)" if detail == "kept" else reason for *_, reason, detail in rows)
     return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "nothing"
 
-# %% ../../nbs/data/14_ingest.ipynb #1611340f
+# %% ../../nbs/data/14_ingest.ipynb #9cb06b05
 class Refusal(ValueError): "Something in a list cannot be read, and nothing was to be left out"
 
 def refuse_missing(clips: ClipList):
@@ -189,6 +194,61 @@ def refuse_missing(clips: ClipList):
         raise Refusal(f"{clips.folder} lacks {len(missing):,} of {len(clips.videos):,} videos, such as {missing[0]}; "
                       "get them, or give bad='skip'")
 
+def lost_in_words(manifest: dict) -> str:
+    "What of a list could not be read: '1 silent, 2 missing'; not what its authors exclude"
+    return ", ".join(f"{n:,} {reason}" for reason, n in manifest["left_out"].items() if reason != "excluded")
+
+def refuse_left_out(clips: ClipList, out: Path):
+    "Raise Refusal where a finished folder lacks something of its list"
+    words = lost_in_words(read_json(out / MANIFEST))
+    if words: raise Refusal(f"{clips.name} was cut without {words}; {out / REPORT} has a row for each. "
+                            "Mend or take away such files, or give bad='skip'")
+
+def refuse_faults(clips: ClipList, jobs: list, reports: list, out: Path):
+    "Raise Refusal, after writing the report so far, where the last shard left something out"
+    faults = [f for f in reports[-1].faults if f[3] != "kept"]
+    if not faults: return
+    path = write_report(out / REPORT, report_rows(clips, jobs, reports))
+    number, start, reason, detail = faults[0]
+    where = jobs[len(reports) - 1].videos[number].file
+    second = "" if start is None else f", second {start:g}"
+    more = f" ({detail})" if detail else ""
+    raise Refusal(f"{clips.folder / where}{second}: {reason}{more}; {path} has all {len(faults):,} so far. "
+                  "Mend or take away such files, or give bad='skip'")
+
+# %% ../../nbs/data/14_ingest.ipynb #a591d1df
+def shard_facts(job: ShardJob, report: ShardReport) -> dict:
+    "What the manifest says of a shard"
+    path = Path(report.path)
+    return dict(file=path.name, seconds=report.seconds, key=job.key, bytes=path.stat().st_size,
+                sha256=checksum_of(path))
+
+def is_done(jobs: list, out: Path) -> bool:
+    "Whether a folder holds all shards already, as far as keys and sizes tell; reading them checks the rest"
+    if not (out / MANIFEST).is_file(): return False
+    there = [(s["file"], s["key"], s["bytes"]) for s in read_json(out / MANIFEST)["shards"]]
+    size = lambda path: path.stat().st_size if path.is_file() else -1
+    return there == [(Path(j.path).name, j.key, size(Path(j.path))) for j in jobs]
+
+def finish(clips: ClipList, jobs: list, reports: list, out: Path, look: Look):
+    "Write the report and the manifest, and say what came of it"
+    rows = report_rows(clips, jobs, reports)
+    write_report(out / REPORT, rows)
+    seconds = sum(r.seconds for r in reports)
+    left_out = [row for row in rows if row[-1] != "kept"]
+    av = need("av", "video")
+    write_json(out / MANIFEST, dict(
+        name=clips.name, classes=list(clips.classes), about=dict(clips.about), look=look.facts(), seconds=seconds,
+        shards=[shard_facts(j, r) for j, r in zip(jobs, reports)],
+        left_out=dict(Counter(row[-2] for row in left_out)), kept_silent=len(rows) - len(left_out),
+        versions=dict(ddrepro=ddrepro.__version__, av=av.__version__,
+                      libavcodec=".".join(map(str, av.library_versions["libavcodec"])))))
+    kept = sum(r.kept for r in reports)
+    there = f"; {kept:,} of {len(jobs):,} shards were there" if kept else ""
+    print(f"{clips.name}: {seconds:,} seconds of {len(clips.videos):,} videos; left out {reasons_in_words(rows)}"
+          f"{there}; report: {out / REPORT}")
+
+# %% ../../nbs/data/14_ingest.ipynb #1611340f
 def ingest(
     clips: ClipList,
     out,                  # folder for the shards
@@ -216,59 +276,7 @@ def ingest(
                     progress.update(report.videos)
                     if bad == "refuse": refuse_faults(clips, jobs, reports, out)
         except BrokenProcessPool as error:
-            raise RuntimeError(f"a process that cut videos of {clips.name} was ended, perhaps for lack of memory; start again "
-                               "in a new session: what is cut stays") from error
+            raise RuntimeError(f"a process that cut videos of {clips.name} was ended, perhaps for lack of memory; "
+                               "start again in a new session: what is cut stays") from error
         finish(clips, jobs, reports, out, look)
     return out
-
-def lost_in_words(manifest: dict) -> str:
-    "What of a list could not be read: '1 silent, 2 missing'; not what its authors exclude"
-    return ", ".join(f"{n:,} {reason}" for reason, n in manifest["left_out"].items() if reason != "excluded")
-
-def refuse_left_out(clips: ClipList, out: Path):
-    "Raise Refusal where a finished folder lacks something of its list"
-    words = lost_in_words(read_json(out / MANIFEST))
-    if words: raise Refusal(f"{clips.name} was cut without {words}; {out / REPORT} has a row for each. "
-                            "Mend or take away such files, or give bad='skip'")
-
-def refuse_faults(clips: ClipList, jobs: list, reports: list, out: Path):
-    "Raise Refusal, after writing the report so far, where the last shard left something out"
-    faults = [f for f in reports[-1].faults if f[3] != "kept"]
-    if not faults: return
-    path = write_report(out / REPORT, report_rows(clips, jobs, reports))
-    number, start, reason, detail = faults[0]
-    where = jobs[len(reports) - 1].videos[number].file
-    second = "" if start is None else f", second {start:g}"
-    more = f" ({detail})" if detail else ""
-    raise Refusal(f"{clips.folder / where}{second}: {reason}{more}; {path} has all {len(faults):,} so far. "
-                  "Mend or take away such files, or give bad='skip'")
-
-def shard_facts(job: ShardJob, report: ShardReport) -> dict:
-    "What the manifest says of a shard"
-    path = Path(report.path)
-    return dict(file=path.name, seconds=report.seconds, key=job.key, bytes=path.stat().st_size, sha256=checksum_of(path))
-
-def is_done(jobs: list, out: Path) -> bool:
-    "Whether a folder holds all shards already, as far as keys and sizes tell; reading them checks the rest"
-    if not (out / MANIFEST).is_file(): return False
-    there = [(s["file"], s["key"], s["bytes"]) for s in read_json(out / MANIFEST)["shards"]]
-    size = lambda path: path.stat().st_size if path.is_file() else -1
-    return there == [(Path(j.path).name, j.key, size(Path(j.path))) for j in jobs]
-
-def finish(clips: ClipList, jobs: list, reports: list, out: Path, look: Look):
-    "Write the report and the manifest, and say what came of it"
-    rows = report_rows(clips, jobs, reports)
-    write_report(out / REPORT, rows)
-    seconds = sum(r.seconds for r in reports)
-    left_out = [row for row in rows if row[-1] != "kept"]
-    av = need("av", "video")
-    write_json(out / MANIFEST, dict(
-        name=clips.name, classes=list(clips.classes), about=dict(clips.about), look=look.facts(), seconds=seconds,
-        shards=[shard_facts(j, r) for j, r in zip(jobs, reports)],
-        left_out=dict(Counter(row[-2] for row in left_out)), kept_silent=len(rows) - len(left_out),
-        versions=dict(ddrepro=ddrepro.__version__, av=av.__version__,
-                      libavcodec=".".join(map(str, av.library_versions["libavcodec"])))))
-    kept = sum(r.kept for r in reports)
-    there = f"; {kept:,} of {len(jobs):,} shards were there" if kept else ""
-    print(f"{clips.name}: {seconds:,} seconds of {len(clips.videos):,} videos; left out {reasons_in_words(rows)}{there}; "
-          f"report: {out / REPORT}")

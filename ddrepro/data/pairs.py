@@ -24,7 +24,8 @@ from PIL import Image
 from ..core.share import choose
 from ..core.values import whole_number
 from .gate import Gate, as_tensor, by_channels, check_all_finite, gate_pictures
-from .real import PARTS, Normalisation
+from .normalisation import Normalisation
+from .real import PARTS
 
 # %% ../../nbs/data/07_pairs.ipynb #cell-007
 MAX_WORDS = 30

@@ -20,7 +20,8 @@ from ..core.files import DamagedFile, load_tensors, save_tensors
 from ..core.provenance import short_hash
 from ..core.share import choose
 from ..core.values import number_between
-from .real import Normalisation, RealData, Whitening
+from .normalisation import Normalisation, Whitening
+from .real import RealData
 
 # %% ../../nbs/data/18_whitening.ipynb #8df27639
 WAYS = ("kornia", "trace", "kip")

@@ -24,12 +24,14 @@ from ..core.provenance import short_hash, store_code
 from ..core.seeding import keyed, keyed_choice, keyed_normal
 from ..core.share import choose
 from ..data.formation import encode, per_canvas
+from ..data.normalisation import Normalisation
 from ..data.pairs import CLIP
-from ..data.real import Normalisation, RealData
+from ..data.real import RealData
 from ..nets.dual import caption_embeddings, pair_features
 from ..nets.experts import experts_of
 from ..nets.networks import FusionNet, fused_probabilities, spec_for
-from ..nets.training import get_recipe, new_net, train
+from ..nets.recipes import get_recipe
+from ..nets.training import new_net, train
 
 # %% ../../nbs/distill/08_coresets.ipynb #cell-006
 def herding_order(

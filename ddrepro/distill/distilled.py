@@ -33,7 +33,7 @@ from ..core.share import choose
 from ..core.values import plain, whole_number
 from ..data.formation import ORDERS, decode, per_canvas
 from ..data.gate import Gate, as_tensor, check_all_finite, check_modality_name, class_names
-from ..data.real import Normalisation, Whitening
+from ..data.normalisation import Normalisation, Whitening
 from ..data.registry import TASK_NAMES
 from ..data.signals import signal_facts, signal_from, to_wave
 from .soft_labels import SoftLabels

@@ -37,7 +37,8 @@ from ddrepro.distill.gradients import (
 from .method import STEP_RULES, Context, Diverged, Method, from_state, in_state
 from .moments import Draws, Sampler, real_batches
 from ..nets.networks import FusionNet
-from ..nets.training import Recipe, new_net, train
+from ..nets.recipes import Recipe
+from ..nets.training import new_net, train
 
 # %% ../../nbs/distill/13_gradient_matching.ipynb #cf0497e7
 REAL_FOR_STATISTICS = 16   # samples a class

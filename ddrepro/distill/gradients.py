@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
 from ..core.share import choose
-from .moments import even_chunks
 from ..nets.networks import FusionNet
+from ..nets.pieces import even_chunks
 
 # %% ../../nbs/distill/12_gradients.ipynb #5607c754
 METRICS = ("layerwise", "mse", "cos", "conv_mse", "conv_l1")

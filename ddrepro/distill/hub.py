@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from ..core.files import DamagedFile, load_tensors, read_json, save_tensors, write_atomic, write_json
 from ..core.share import choose, need
-from ..data.real import Normalisation, Whitening
+from ..data.normalisation import Normalisation, Whitening
 from .distilled import DistilledData, write_sample
 from .sharing import EXACT_FILE, first_line_of, from_dc, from_folder, from_parts, parts_of
 from .use import as_samples

@@ -33,7 +33,7 @@ from .course import Course, one_iteration, updated, within
 from .distilled import DistilledData
 from .method import Context, Diverged, Method
 from ..nets.experts import brief
-from ..nets.training import get_recipe
+from ..nets.recipes import get_recipe
 
 # %% ../../nbs/distill/10_loop.ipynb #cell-006
 KEEP = 2

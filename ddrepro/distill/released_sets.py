@@ -26,8 +26,8 @@ from ..core.values import number_between, whole_number
 from ..data.folder_walk import PICTURE_FILES, SOUND_FILES, class_files, natural, open_folders
 from ..data.formation import ORDERS
 from ..data.gate import as_tensor
+from ..data.normalisation import Normalisation
 from ..data.pickles import LARGEST
-from ..data.real import Normalisation
 from ..data.registry import load_data
 from ..data.released_files import read_released
 from ..data.signals import read_sound

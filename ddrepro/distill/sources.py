@@ -22,7 +22,8 @@ from ..core.provenance import canonical, short_hash, store_code
 from ..core.seeding import isolated_rng, keyed_int, local_rng
 from ..core.workers import side_by_side
 from ..nets.networks import FusionNet, NetSpec, make_net, spec_for
-from ..nets.training import Recipe, get_recipe, new_net, train, train_together
+from ..nets.recipes import Recipe, get_recipe
+from ..nets.training import new_net, train, train_together
 
 # %% ../../nbs/distill/04_sources.ipynb #cell-006
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ..data.real import RealData
 from .distilled import DistilledData
 from .soft_labels import SoftLabels
 from ..nets.networks import FUSIONS, NETS, FusionNet, fused_probabilities, spec_for
-from ..nets.training import get_recipe, new_net, recipe_from, train
+from ..nets.recipes import get_recipe, recipe_from
+from ..nets.training import new_net, train
 
 # %% ../../nbs/distill/12_teachers.ipynb #2ea2f8f9
 @dataclass(frozen=True)

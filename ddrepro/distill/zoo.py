@@ -17,7 +17,7 @@ from ..core.files import read_json
 from ..core.share import choose, share_path
 from .distilled import DistilledData
 from ..nets.pair_training import PairRecipe
-from ..nets.training import recipe_from
+from ..nets.recipes import recipe_from
 
 # %% ../../nbs/distill/14_zoo.ipynb #eb6f351d
 INDEX = "index.json"   # in data/zoo: name of a set → facts about it

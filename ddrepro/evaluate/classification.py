@@ -23,7 +23,8 @@ from ..distill.distilled import guard_rates
 from ..distill.teachers import Teacher, taught
 from ..nets.learned_steps import first_net, train_by_steps, with_learned_steps
 from ..nets.networks import FUSIONS, feature_width, spec_for
-from ..nets.training import Recipe, StepRecipe, accuracies, get_recipe, new_net, train, train_together
+from ..nets.recipes import Recipe, StepRecipe, get_recipe
+from ..nets.training import accuracies, new_net, train, train_together
 
 # %% ../../nbs/evaluate/01_classification.ipynb #cell-006
 LETTERS = {"audio": "A", "image": "V", "joint": "AV"}   # how AVDD's tables name what was scored

@@ -25,7 +25,7 @@ from ..distill.method import Method
 from ..distill.teachers import Teacher, teacher_of
 from .experiment import Experiment, run_each
 from .tasks import default_recipe, evaluate, origin_from
-from ..nets.training import Recipe, get_recipe
+from ..nets.recipes import Recipe, get_recipe
 
 # %% ../../nbs/evaluate/08_robustness.ipynb #d4614282
 def fraction(name: str, accuracy) -> float:

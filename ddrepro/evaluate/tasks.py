@@ -39,8 +39,8 @@ from .pair_scores import RECALL_WAYS, pair_job, score_pairs, score_pairs_each
 from ..nets.dual import DualSpec, dual_of
 from ..nets.networks import FUSIONS, net_in_words
 from ..nets.pair_training import pair_recipe
+from ..nets.recipes import get_recipe, recipe_from
 from ..nets.shared_classifier import margin_recipe
-from ..nets.training import get_recipe, recipe_from
 
 # %% ../../nbs/evaluate/05_tasks.ipynb #44075b8c
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..distill.losses import discrimination_loss, layer_loss, means_of
 from ..distill.method import Context, from_state
 from ..distill.trained_along import LearnersMatching, Window, check_finite, check_weight, probed_accuracy
 from . import register
-from ..nets.training import Recipe, dc_recipe
+from ..nets.recipes import Recipe, dc_recipe
 
 # %% ../../nbs/methods/cafe.ipynb #2d1f5378
 @register

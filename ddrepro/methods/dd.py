@@ -26,7 +26,8 @@ from ..distill.soft_labels import SoftLabels
 from ..distill.unroll import unroll
 from . import register
 from ..nets.learned_steps import xavier_net
-from ..nets.training import get_recipe, training_loss
+from ..nets.recipes import get_recipe
+from ..nets.training import training_loss
 from ..nets.vectors import Layout, flatten, layout_of, run_flat
 
 # %% ../../nbs/methods/dd.ipynb #4b9a86ac

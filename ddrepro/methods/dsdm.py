@@ -21,7 +21,7 @@ from ..distill.moments import mean_by_class
 from ..distill.sources import Pool, PoolNets, random_nets
 from . import register
 from ..nets.networks import feature_width
-from ..nets.training import Recipe, get_recipe, idc_recipe
+from ..nets.recipes import Recipe, get_recipe, idc_recipe
 
 # %% ../../nbs/methods/dsdm.ipynb #cell-006
 @register

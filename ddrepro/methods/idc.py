@@ -23,7 +23,8 @@ from ..distill.moments import Sampler
 from . import register
 from .dsdm import dsdm_recipe
 from ..nets.networks import FusionNet
-from ..nets.training import Recipe, make_optimiser, mixed_loss, training_batch
+from ..nets.recipes import Recipe, make_optimiser
+from ..nets.training import mixed_loss, training_batch
 
 # %% ../../nbs/methods/idc.ipynb #8d21dae7
 @register

@@ -18,7 +18,7 @@ from ..distill.losses import dm_loss, means_of
 from ..distill.method import Context, from_state
 from ..distill.trained_along import Learners, LearnersMatching, check_finite, check_weight
 from . import register
-from ..nets.training import Recipe, dc_recipe
+from ..nets.recipes import Recipe, dc_recipe
 
 # %% ../../nbs/methods/idm.ipynb #a22de4eb
 PUBLISHED_IDM = {     # data set and IPC → what differs from the fields' defaults

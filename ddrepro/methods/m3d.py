@@ -19,7 +19,7 @@ from ..distill.method import Context
 from ..distill.sources import RandomNets, random_nets
 from . import register
 from .dsdm import dsdm_rate
-from ..nets.training import Recipe, idc_recipe
+from ..nets.recipes import Recipe, idc_recipe
 
 # %% ../../nbs/methods/m3d.ipynb #bca8b503
 M3D_UNREAD = {     # fields whose published values we could not read → why they are what they are

@@ -26,7 +26,8 @@ from ..core.share import choose
 from ..core.workers import side_by_side, worker_count
 from .dual import DualSpec, caption_embeddings, dual_net, layouts, load_vectors, vectors
 from .pair_training import PAIR_EXPERT, PairRecipe, train_pairs
-from .training import TOGETHER_BYTES, Recipe, new_net, sample_bytes, samples_at_once, train, train_together
+from .recipes import Recipe
+from .training import TOGETHER_BYTES, new_net, sample_bytes, samples_at_once, train, train_together
 from .vectors import flatten, layout_of
 
 # %% ../../nbs/nets/10_experts.ipynb #cell-041

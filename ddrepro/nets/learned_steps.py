@@ -14,7 +14,8 @@ from torch import nn
 from ..core.arithmetic import steadily
 from ..core.seeding import isolated_rng
 from .networks import FusionNet
-from .training import StepRecipe, new_net, training_loss
+from .recipes import StepRecipe
+from .training import new_net, training_loss
 
 # %% ../../nbs/nets/11_learned_steps.ipynb #b2ceeb19
 def xavier_net(

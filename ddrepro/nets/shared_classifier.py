@@ -21,7 +21,8 @@ from ..core.share import choose
 from ..core.values import number_between
 from .contrastive import arcface_logits
 from .networks import build, same_width
-from .training import RECIPES, Recipe, make_optimiser, set_rates, shuffled, training_batch
+from .recipes import RECIPES, Recipe, make_optimiser, set_rates
+from .training import shuffled, training_batch
 
 # %% ../../nbs/nets/12_shared_classifier.ipynb #7d607dc0
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ..evaluate.experiment import Experiment, run_all
 from ..evaluate.statistics import Claim
 from ..methods import get_method
 from ..methods.avdd import AVDD, control
+from ..nets.recipes import RECIPES, Recipe, dc_recipe
 from ..nets.shared_classifier import with_margin
-from ..nets.training import RECIPES, Recipe, dc_recipe
 from . import published, register_paper
 from .plan import LAPTOP_DRAWS, Cell, Line, Paper, compared, draws_sentence
 

@@ -21,7 +21,8 @@ from ..distill.loop import distill
 from ..evaluate.av_retrieval import AV_MEASURES
 from ..evaluate.statistics import compare
 from ..nets.networks import FusionNet, spec_for
-from ..nets.training import RECIPES, new_net, train
+from ..nets.recipes import RECIPES
+from ..nets.training import new_net, train
 from . import published
 from .avdd import ALONE, AVDD_TABLES, AVDDSettings
 from .plan import Plan

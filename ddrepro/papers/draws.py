@@ -15,7 +15,7 @@ from ..evaluate.experiment import Experiment, run_all
 from ..evaluate.statistics import Claim, compare
 from ..methods import get_method
 from ..methods.dsdm import dsdm_recipe
-from ..nets.training import dc_recipe
+from ..nets.recipes import dc_recipe
 
 # %% ../../nbs/papers/draws.ipynb #9043d7d8
 DRAW_COUNTS = (10, 30, 100, 300, 0)

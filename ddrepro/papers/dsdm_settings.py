@@ -16,7 +16,7 @@ from ..evaluate.classification import stretched
 from ..evaluate.experiment import Experiment
 from ..methods import get_method, registered
 from ..methods.dsdm import dsdm_recipe
-from ..nets.training import Recipe, dc_recipe, get_recipe
+from ..nets.recipes import Recipe, dc_recipe, get_recipe
 from .avdd import AVDD_TUNED
 from .plan import LAPTOP_DRAWS, tuned_at
 

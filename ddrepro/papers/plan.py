@@ -23,7 +23,8 @@ from ..core.certificates import environment, runs_folder
 from ..core.provenance import short_hash
 from ..core.share import choose, place
 from ..data.registry import entry
-from ..evaluate.experiment import Experiment, distillation_run, experiment_digest, run_each, settled
+from ..evaluate.experiment import Experiment, run_each, settled
+from ..evaluate.runs import distillation_run, experiment_digest
 from ..evaluate.statistics import Claim, compare
 from ..evaluate.tasks import TASKS
 from . import published

@@ -22,7 +22,8 @@ import torch
 
 from ..core.share import choose, need
 from ..data.formation import decode
-from ..data.real import PARTS, Normalisation, RealData
+from ..data.normalisation import Normalisation
+from ..data.real import PARTS, RealData
 from ..data.signals import LogSpectrogram, to_wave
 from ..distill.distilled import DistilledData
 from .figures import DescribedFigure

@@ -72,6 +72,7 @@ def title_of(name: str) -> str:
     "What a method's page is called"
     return TITLES.get(name) or row_name(name)
 
+# %% ../../nbs/site/03_method_pages.ipynb #ea0403d4
 def committed_rows() -> pd.DataFrame:
     "Every row of accuracy or recall that the checkout keeps under reports/, with the file it stands in"
     root = project_root()
@@ -85,6 +86,7 @@ def own_rows(name: str, rows: pd.DataFrame) -> pd.DataFrame:
     if not len(rows): return rows
     return rows[(rows.method == name) & (rows.row.str.casefold() == row_name(name).casefold()) & (rows.part == "test")]
 
+# %% ../../nbs/site/03_method_pages.ipynb #72fac912
 def mean_and_spread(values: pd.Series) -> str: return f"{values.mean():.1f} ± {values.std(ddof=0):.1f}"
 
 def measured_cells(name: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -144,6 +146,7 @@ def standing(
         sns.despine(ax=ax)
     return fig
 
+# %% ../../nbs/site/03_method_pages.ipynb #6cfffc62
 def cost_of(name: str, rows: pd.DataFrame) -> pd.DataFrame:
     "What a distillation took: a line a data set, IPC and setting, mean seconds, most memory, on what"
     own = own_rows(name, rows)
@@ -154,7 +157,8 @@ def cost_of(name: str, rows: pd.DataFrame) -> pd.DataFrame:
         memory = made.peak_mib.max() if "peak_mib" in made else np.nan
         lines.append({"data set": dataset, "IPC": str(ipc), "iterations": str(int(made["at"].max())),
                       "seconds": f"{made.seconds.mean():,.1f}",
-                      "MiB at most": "" if np.isnan(memory) else f"{memory:,.0f}", "on": made.processor.iloc[0], "precision": made.precision.iloc[0]})
+                      "MiB at most": "" if np.isnan(memory) else f"{memory:,.0f}",
+                      "on": made.processor.iloc[0], "precision": made.precision.iloc[0]})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/site/03_method_pages.ipynb #e3f5b5ef
@@ -165,6 +169,7 @@ def markdown_table(frame: pd.DataFrame, heads: dict = {}) -> str:
     lines = [names, ["---"] * len(names), *frame.astype(object).itertuples(index=False)]
     return "\n".join("| " + " | ".join(map(clean, line)) + " |" for line in lines)
 
+# %% ../../nbs/site/03_method_pages.ipynb #996ec692
 def paper_sentence(name: str) -> str:
     "Authors, title, venue and code of a method"
     cited = references().get(name)
@@ -180,6 +185,7 @@ def parameters_table(name: str) -> str:
                   default=f"`{r.value!r}`", meaning=r.meaning) for r in rows.itertuples(index=False)]
     return markdown_table(pd.DataFrame(shown))
 
+# %% ../../nbs/site/03_method_pages.ipynb #f0e8d157
 def deviation_lines(name: str) -> str:
     "The numbered differences of a method, a paragraph each"
     lines = []
@@ -202,6 +208,7 @@ def commands(name: str) -> str:
             f'method = get_method("{name}", dataset="{dataset}", ipc={ipc})   # the published values\n'
             "s = distill(method, real, seed=0)\nrows = evaluate(s, real, seeds=2)\n```")
 
+# %% ../../nbs/site/03_method_pages.ipynb #fad86e01
 HEADS = {"dataset": "data set", "ipc": "IPC", "published": "printed", "seeds": "seeds"}
 
 def results_section(name: str, rows: pd.DataFrame) -> str:
@@ -214,14 +221,16 @@ def results_section(name: str, rows: pd.DataFrame) -> str:
         ran = ran.sort_values("setting", kind="stable")
         links = [f"[rows](../../{file})" for file in ran.file]
         columns = ["dataset", "ipc", "modality", "measured", "published", "setting", "recipe", "seeds", "rows"]
-        parts += ["Mean ± population standard deviation in percent. *small* is a short run of small networks that shows "
-                  "that the method works and is not comparable with print; *published* has the published iterations and "
-                  "width. Seeds are distillation × evaluation.", markdown_table(ran.assign(rows=links)[columns], HEADS)]
+        parts += ["Mean ± population standard deviation in percent. *small* is a short run of small networks that "
+                  "shows that the method works and is not comparable with print; *published* has the published "
+                  "iterations and width. Seeds are distillation × evaluation.",
+                  markdown_table(ran.assign(rows=links)[columns], HEADS)]
     if len(printed_only):
         shown = markdown_table(printed_only[["dataset", "ipc", "modality", "published", "source"]], HEADS)
         parts.append(f"::::{{dropdown}} {len(printed_only)} printed numbers that have not been run here\n{shown}\n::::")
     return "\n\n".join(parts)
 
+# %% ../../nbs/site/03_method_pages.ipynb #76befdb9
 def method_page(
     name: str,           # of a registered method
     rows: pd.DataFrame,  # as `committed_rows` gives them
@@ -242,11 +251,12 @@ def method_page(
     if picture:
         shows = f"Accuracy of {row_name(name)} on digits at 1 and 10 samples a class, other methods in grey"
         parts += [f"![{shows}]({picture})",
-                  "A hundred updates at width 16, each method under its own recipe: what this shows is that it runs and what "
-                  "it gains from more samples, not a ranking ([comparison](../comparison.ipynb))."]
+                  "A hundred updates at width 16, each method under its own recipe: what this shows is that it runs "
+                  "and what it gains from more samples, not a ranking ([comparison](../comparison.ipynb))."]
     if len(cost): parts += ["## What it costs", markdown_table(cost)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
+# %% ../../nbs/site/03_method_pages.ipynb #413aad25
 def methods_index(names: list) -> str:
     "The page that lists all methods"
     about = list_methods().set_index("name")

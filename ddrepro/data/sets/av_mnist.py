@@ -27,7 +27,8 @@ from ...core.progress import Progress
 from ...core.seeding import keyed_choice
 from ...core.share import is_write_failure, place, writing
 from ...core.values import whole_number
-from ..real import DIGITS, Normalisation, Part, RealData, carve
+from ..normalisation import Normalisation
+from ..real import DIGITS, Part, RealData, carve
 from ..registry import data_root, dataset
 from .digits_av import NAMES, check_sha, read_arrays
 from ..signals import DIGITS_MEL, fit_length

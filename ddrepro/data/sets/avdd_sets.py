@@ -18,7 +18,8 @@ import torch
 from ...core.files import DamagedFile
 from ..clip_data import load_clips
 from ..clip_lists import VGGS10K_EXCLUDED, ave_list, vggsound_list
-from ..real import FULL, Normalisation, Part, RealData, carve
+from ..normalisation import Normalisation
+from ..real import FULL, Part, RealData, carve
 from ..registry import data_root, dataset
 from ..signals import AVDD_MEL
 from ..video import AVE_MOMENT, Look

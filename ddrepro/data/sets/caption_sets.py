@@ -23,8 +23,9 @@ from ...core.seeding import keyed_choice
 from ...core.share import choose
 from ...core.values import number_between, whole_number
 from ..captions import Row, by_part, check_headers, check_picture_rows, check_size, part_of_rows, read_csv
+from ..normalisation import Normalisation
 from ..pairs import CLIP, PairData, PairPart
-from ..real import PARTS, Normalisation
+from ..real import PARTS
 from ..registry import data_root, dataset, own_name
 from .av_mnist import read_pack
 

@@ -21,7 +21,8 @@ from ..clip_data import is_cut, load_clips
 from ..clip_lists import MUSIC21, class_list, folder_list, music21_list, vggsound_list
 from ..folder_parts import check_folder, check_val_as, folder_name
 from ..ingest import MANIFEST
-from ..real import FULL, Normalisation, Part, RealData, carve
+from ..normalisation import Normalisation
+from ..real import FULL, Part, RealData, carve
 from ..registry import data_root, dataset
 from .avdd_sets import FOLDERS, PICTURES, open_file, read_tensors, to_bytes
 from ..signals import AVDD_MEL

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from ...core.seeding import keyed, keyed_choice
+from ..normalisation import Normalisation
 from ..pairs import PairData, PairPart
-from ..real import PARTS, Normalisation
+from ..real import PARTS
 from ..registry import dataset
 from .digits_av import NAMES, scikit_digits
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from ...core.files import DamagedFile
 from ...core.seeding import keyed, keyed_choice
 from ...core.share import share_path
-from ..real import DIGITS, Normalisation, Part, RealData
+from ..normalisation import Normalisation
+from ..real import DIGITS, Part, RealData
 from ..registry import dataset
 from ..signals import DIGITS_MEL
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from ...core.progress import Progress
 from ...core.values import number_between, scalar, whole_number
-from ..augment import check_strategy
 from ..folder_parts import check_folder, check_val_as, find_parts, folder_name, folder_notes, split_files
 from ..folder_walk import PICTURE_FILES
+from ..normalisation import Normalisation
 from ..pictures import read_image, readable
-from ..real import FULL, Normalisation, Part, RealData
+from ..real import FULL, Part, RealData, check_strategy
 from ..registry import dataset
 
 # %% ../../../nbs/data/sets/16_folders.ipynb #cell-013

@@ -28,7 +28,8 @@ from ...core.files import DamagedFile, write_atomic
 from ...core.progress import Progress
 from ...core.share import cannot_write, choose, is_write_failure
 from ...core.values import number_between
-from ..real import DIGITS, FULL, Normalisation, Part, RealData, from_tensors
+from ..normalisation import Normalisation
+from ..real import DIGITS, FULL, Part, RealData, from_tensors
 from ..registry import data_root, dataset
 from .av_mnist import MNIST_NORMALISATION, SHA, advice, check_most, find_pack, limit_classes, read_pack
 from .av_mnist import download as fetch

@@ -25,7 +25,8 @@ from ...core.files import DamagedFile, write_atomic
 from ...core.values import number_between, whole_number
 from ..folder_parts import check_folder, check_val_as, find_parts, folder_name, folder_notes, split_files
 from ..folder_walk import SOUND_FILES
-from ..real import Normalisation, Part, RealData, carve
+from ..normalisation import Normalisation
+from ..real import Part, RealData, carve
 from ..registry import data_root, dataset
 from .av_mnist import TAKES, advice, check_most, find_pack, limit_classes, obtain
 from .av_mnist import download as download_file
