@@ -23,6 +23,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	  "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
 	fi
 	@$(RUN)/python -c '$(ENOUGH)' || { echo "$(VENV) holds an older Python than 3.11; remove the folder and run make again" >&2; exit 1; }
+	@echo "installing ddrepro and what it needs into $(VENV): minutes, and about 5 GB with CUDA"
 	$(RUN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'COMMAND_NAMES', 'RUN_USAGE', 'GRID_USAGE', 'GRID_OPTIONS', 'ROWS_OPTIONS', 'parse_assignments', 'one_of',
-           'parser', 'unknown_command', 'missing_paper', 'parameter_hint', 'run_epilog', 'run_and_print', 'report_of',
-           'zoo_words', 'execute', 'parsed', 'complete', 'stopped', 'carry_out', 'notebook_failed', 'main']
+           'parser', 'unknown_command', 'missing_paper', 'parameter_hint', 'run_epilog', 'run_and_print', 'page_beside',
+           'report_of', 'zoo_words', 'execute', 'parsed', 'complete', 'stopped', 'carry_out', 'notebook_failed', 'main']
 
 # %% ../nbs/cli.ipynb #cell-003
 import argparse
@@ -118,7 +118,7 @@ def parser(paper: str = None) -> argparse.ArgumentParser:
                             metavar="{bash,zsh,fish}", help="which shell")
     report = add("report", "Render the HTML report of an executed notebook, or of rows in a CSV.")
     report.add_argument("notebook", type=Path, metavar="FILE", help="an .ipynb with its outputs, or a .csv of rows")
-    report.add_argument("--html", type=Path, help="where it goes (default: beside the file)")
+    report.add_argument("--html", type=Path, help="where it goes (default: beside the file, NAME_rows.html where NAME.html is a run's report)")
     for name, what in ROWS_OPTIONS.items(): report.add_argument(f"--{name}", help=f"of rows: {what}")
     index = add("index", "Make the index of a folder of reports anew: coverage, claims, newest runs, a page a paper.")
     index.add_argument("folder", type=Path, nargs="?", help="where reports lie (default: where runs put them)")
@@ -175,11 +175,18 @@ def run_and_print(paper: str, values: dict, reports: Path, name: str, json_wante
     return 1
 
 # %% ../nbs/cli.ipynb #9003a9f2
+def page_beside(path: Path) -> Path:
+    "Where a report goes by itself: beside its notebook or rows, never over the report of the run that wrote the rows"
+    from ddrepro.report.index import read_about
+    html = path.with_suffix(".html")
+    if path.suffix != ".csv" or not html.exists() or read_about(html).get("kind") == "rows": return html
+    return path.with_name(f"{path.stem}_rows.html")
+
 def report_of(args) -> Path:
     "The report of an executed notebook, or of rows in a CSV"
     kind = "table" if args.notebook.suffix == ".csv" else "notebook"
     if not args.notebook.is_file(): raise FileNotFoundError(f"there is no {kind} {args.notebook}")
-    html = args.html or args.notebook.with_suffix(".html")
+    html = args.html or page_beside(args.notebook)
     given = {name: value for name in ROWS_OPTIONS if (value := getattr(args, name)) is not None}
     if kind == "notebook":
         if given:

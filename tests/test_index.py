@@ -59,7 +59,10 @@ def test_the_newest_report_decides(tmp_path):
     claims = page.find("caption", string=lambda text: text and text.startswith("Claims")).parent.tbody
     assert [td.get_text() for td in claims.find_all(["th", "td"])] == ["AVDD better than DM", "1", "0", "0"]
     assert [a.get_text() for a in page.find(id="runs").find_next("tbody").select("td:first-child a")] == ["Report newer", "Report older"]
-    assert pd.read_csv(tmp_path / "index.csv").report.tolist() == ["newer.html", "older.html"]
+    cells = pd.read_csv(tmp_path / "index.csv")
+    kept = cells.report == "published.html"
+    assert cells.report[~kept].tolist() == ["newer.html", "older.html"]
+    assert set(cells.place[kept]) == {"kept cells"} and "reproduced" in set(cells.status[kept])
 
 
 def test_five_hundred_runs_stay_below_three_megabytes(tmp_path):

@@ -65,7 +65,8 @@ def zoo_table() -> pd.DataFrame:
         scores = pd.DataFrame(facts["scores"]).groupby("modality", sort=False).accuracy.mean()
         words = ", ".join(f"{m} {x:.1f}" for m, x in scores.items())
         report = facts["agreement"].partition(":")[0]
-        lines.append({"name": name, "kB": round(facts["bytes"] / 1000), "accuracy or recall": words, "as the report": report})
+        lines.append({"name": name, "kB": round(facts["bytes"] / 1000), "accuracy or recall": words,
+                      "recipe": facts["recipe"], "as the report": report})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/distill/14_zoo.ipynb #71a99eee
@@ -78,5 +79,6 @@ def zoo_text(name: str) -> str:
     lines = {"set": repr(s), "of": f"{facts['row']}, seed {facts['seed']}, {facts['report']}", "made by": facts["command"],
              "recipe": f"{facts['recipe']}{width}, scored on {facts['part']}", "scores": scored(facts["scores"]),
              "the report says": scored(facts["reported"]), "so it is": facts["agreement"], "licence": facts["licence"],
-             "method": json.dumps(s.card["method"]), "use": f"evaluate(load_distilled({name!r}), load_data({loading}), zoo_recipe({name!r}){width})"}
+             "method": json.dumps(s.card["method"]), "use": f"evaluate(load_distilled({name!r}), load_data({loading}), zoo_recipe({name!r}){width})",
+             "": "load_distilled, zoo_recipe are of ddrepro.distill, load_data of ddrepro.data, evaluate of ddrepro.evaluate"}
     return "\n".join(f"{what:16}{text}" for what, text in lines.items())

@@ -174,11 +174,14 @@ def distilled_all(
         except Diverged as why:
             if diverged is None: raise
             runs[key], lost[key] = None, str(why).split(";")[0]
+        bar.update()
+    bar = Progress("distillations", total=len(once), shown=len(once) > 1 and settings.get("progress", True))
     busy = []
     for key in once:
         try: make(key, wait=False)
         except Busy: busy.append(key)      # another process makes it: the others first
     for key in busy: make(key, wait=True)
+    bar.close()
     for i, key in enumerate(keys):
         if key in lost: diverged[i] = lost[key]
     return [runs[key] for key in keys]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ID', 'WRITTEN', 'OUTSIDE', 'CHAPTER', 'Deviation', 'all_deviations', 'deviations', 'deviation', 'in_words',
-           'explained', 'marked_up', 'repository_link', 'deviation_row', 'deviations_table', 'Passage',
-           'notebook_passages', 'file_passages', 'passages', 'bad_references', 'bad_links', 'unresolved_references']
+           'explained', 'marked_up', 'repository_link', 'labelled_lines', 'deviation_row', 'deviations_table',
+           'Passage', 'notebook_passages', 'file_passages', 'passages', 'bad_references', 'bad_links',
+           'unresolved_references']
 
 # %% ../../nbs/papers/deviations.ipynb #a3ce3e8d
 import csv
@@ -85,19 +86,27 @@ def repository_link(
     repository = code.partition(":")[0]
     return f'<a href="https://github.com/{repository}">{html.escape(code)}</a>' if code else ""
 
+def labelled_lines(
+    parts: dict,  # label → markup; empty ones are left out
+) -> str:
+    "Labelled lines of a cell"
+    lines = [f"<i>{label}</i> {text}" if label else text for label, text in parts.items() if text]
+    return "<br>".join(lines)
+
 def deviation_row(row: Deviation) -> str:
     "A row of the table, with its id as the anchor that callouts link to"
     places = ": ".join(part for part in (row.paper, row.place) if part)
     name = f"<b>{row.id}</b><br>{html.escape(places)}"
-    code = f"{marked_up(row.does)} {repository_link(row.code)}"
-    cells = [name, marked_up(row.says), code, marked_up(row.here), marked_up(row.argument)]
+    theirs = labelled_lines({"paper": marked_up(row.says), "code": marked_up(row.does), "": repository_link(row.code)})
+    ours = labelled_lines({"here": marked_up(row.here), "argument": marked_up(row.argument)})
+    cells = [name, theirs, ours]
     return f'<tr id="{row.id}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 def deviations_table(
     paper: str = None,  # short name; default all
 ) -> str:               # HTML
     "The deviations as a table whose rows can be linked to"
-    heads = "".join(f"<th>{head}</th>" for head in ("id", "the paper says", "the code does", "here", "argument"))
+    heads = "".join(f"<th>{head}</th>" for head in ("id", "the paper says, the code does", "here"))
     body = "\n".join(deviation_row(Deviation(*row)) for row in deviations(paper).itertuples(index=False))
     return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 

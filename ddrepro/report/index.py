@@ -200,8 +200,11 @@ class PaperPage:
             found[key] = cell, report
         kept = {(c["dataset"], c["row"], int(c["ipc"])): c for c in self.planned if c["measured"]}
         self.cells = []
-        for dataset, row, ipc, modality, mean, std in self.printed:
-            line = dict(dataset=dataset, row=row, ipc=ipc, modality=modality, printed=number(mean, std))
+        printed = [(*cell[:4], number(*cell[4:])) for cell in self.printed]
+        own = {cell[:3] for cell in printed}
+        printed += [(*at, "", cell["published"]) for at, cell in kept.items() if at not in own]   # in another paper's table
+        for dataset, row, ipc, modality, text in printed:
+            line = dict(dataset=dataset, row=row, ipc=ipc, modality=modality, printed=text)
             line |= dict(measured="", status="not run", file="", where="")
             if (dataset, row, ipc) in kept:
                 cell = kept[dataset, row, ipc]
@@ -218,8 +221,8 @@ SHOWN = 30                                                          # newest run
 PAPERS = ("avdd", "dsdm", "vldd")
 COLUMNS = ("report", "date", "paper", "profile", *Measured._fields)   # of index.csv
 
-def all_cells(reports: list) -> str:
-    "The cells of all reports as CSV"
+def all_cells(reports: list, papers: list) -> str:
+    "The cells of all reports as CSV, and those kept at the published setting"
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -227,6 +230,14 @@ def all_cells(reports: list) -> str:
         about = (report["file"], report.get("date", ""), report["summary"].get("paper", ""),
                  report["summary"].get("profile", ""))
         writer.writerows([*about, *cell] for cell in cells_in(report))
+    for paper in papers:
+        for cell in paper.planned:
+            if not cell["measured"]: continue
+            mean, std = cell["measured"].split(" ± ")
+            printed, _, spread = cell["published"].partition(" ± ")
+            seeds, networks = cell["seeds"].split(" × ") if cell["seeds"] else ("", "")
+            writer.writerow(["published.html", "", paper.name, "laptop", cell["dataset"], cell["row"], cell["ipc"], "",
+                             mean, std, seeds, networks, printed, spread, cell["verdict"], "kept cells"])
     return file.getvalue()
 
 def in_a_line(reports: list, papers: list) -> str:
@@ -257,7 +268,7 @@ def report_index(
         write_page(folder / paper.page, template="paper.html.j2", title=paper.title, lead=lead, paper=paper,
                    reports=paper.reports, ways={"All reports": "index.html", "The paper": paper.link} | ways, **shared)
     if reports:
-        write_atomic(folder / "index.csv", all_cells(reports).encode())
+        write_atomic(folder / "index.csv", all_cells(reports, papers).encode())
         ways["All cells as CSV"] = "index.csv"
     lead = f"Papers on dataset distillation, implemented and checked: {in_a_line(reports, papers)}." if reports else ""
     return write_page(folder / "index.html", template="index.html.j2", title="Reports", lead=lead, reports=reports,

@@ -93,7 +93,7 @@ def rows_report(
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / f"{html.stem}.ipynb"
         need("nbformat", "notebooks", "to render reports").write(page_of(parts), notebook)
-        render_report(notebook, html, provenance=facts, headline=headline_of(rows, claims))
+        render_report(notebook, html, provenance=facts, headline=headline_of(rows, claims), kind="rows")
     write_atomic(html.with_suffix(".csv"), rows.to_csv(index=False).encode())
     return html
 

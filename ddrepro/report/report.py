@@ -250,6 +250,7 @@ def render_report(
     headline: str = "",  # the main result in a line, for the index of reports
     face=None,  # what stands on the first screen, as `face.face_of` makes it
     rows: str = "",  # of the report, as CSV, to be downloaded
+    kind: str = "",  # "rows" of a page that any table of rows can be made into again; empty for a run's own report
 ) -> Path:
     "Write an executed notebook as one self-contained HTML page and return its path"
     source = Path(executed_notebook)
@@ -270,6 +271,7 @@ def render_report(
     describe_images(soup)
     title = title or (face.title if face else "") or heading or source.stem
     about = {"title": title, "date": finished_at(nb), "headline": headline}
+    if kind: about["kind"] = kind
     if face: about["summary"] = json.dumps(face.summary, ensure_ascii=False, separators=(",", ":"))
     facts = {name: as_text(value) for name, value in (provenance or {}).items()}
     footer = (f"Made by ddrepro {__version__} from {source.name}, {about['date']}. "
