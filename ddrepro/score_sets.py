@@ -161,8 +161,8 @@ class Prepared:
     sha: str                 # SHA-256 of the files
 
 # %% ../nbs/score_sets.ipynb #8143b1e4
-def common_of(request: ScoreRequest, real, own: Recipe | None) -> dict:
-    "'common' → the recipe for all, where there is one and it is not the set's own anyway"
+def common_of(request: ScoreRequest, real) -> dict:
+    "'common' → the recipe for all; empty where none is asked for, and for pairs"
     if request.common == "none" or real.task == "retrieval": return {}
     common = get_recipe(request.common)
     if len(real.modalities) > 1: common = get_recipe("avdd")
@@ -176,7 +176,7 @@ def recipes_of(request: ScoreRequest, real, s: DistilledData, method: str) -> tu
     elif method in OWN: own = OWN[method](real, s)
     elif method: own = OwnRecipe(None, "a control was made for no recipe")
     else: own = OwnRecipe(None, UNKNOWN)
-    recipes = ({} if own.recipe is None else {"own": own.recipe}) | common_of(request, real, own.recipe)
+    recipes = ({} if own.recipe is None else {"own": own.recipe}) | common_of(request, real)
     if not recipes:
         raise ValueError(f"{request.path} has no recipe to be scored by: {own.note}; --recipe or --common names one")
     return recipes, [own.note] if own.note else []
@@ -193,7 +193,7 @@ def prepared_of_own(request: ScoreRequest, real, mine: DistilledData) -> Prepare
     recipe = mine.card.get("recipe")
     notes = [] if recipe else ["its card names no recipe"]
     own = request.recipe or (recipe_from(recipe) if recipe else None)
-    recipes = ({"own": get_recipe(own)} if own else {}) | common_of(request, real, own and get_recipe(own))
+    recipes = ({"own": get_recipe(own)} if own else {}) | common_of(request, real)
     said = DeclaredSet(next(iter(mine.space.values()), "normalised"), None, mine.factor, mine.order, 1.)
     method = mine.card.get("method", {})
     files = set_files(request.path)
