@@ -45,6 +45,7 @@ def corner(folder: Path, dataset: str, ipc: int) -> str:
 ])
 def test_a_corner_says_how_its_cells_went(tmp_path, statuses, said):
     write_report(tmp_path, "one", [cell(row=row, status=status) for row, status in zip(("DM", "AVDD"), statuses)])
+    (tmp_path / "cells").mkdir()                     # the project's own folder
     report_index(tmp_path)
     found = corner(tmp_path, "vggs10k", 10)
     assert found.split()[0] == said.split()[0] and ("printed" in said or found == said), found
@@ -60,9 +61,19 @@ def test_the_newest_report_decides(tmp_path):
     assert [td.get_text() for td in claims.find_all(["th", "td"])] == ["AVDD better than DM", "1", "0", "0"]
     assert [a.get_text() for a in page.find(id="runs").find_next("tbody").select("td:first-child a")] == ["Report newer", "Report older"]
     cells = pd.read_csv(tmp_path / "index.csv")
+    assert cells.report.tolist() == ["newer.html", "older.html"]
+
+
+def test_kept_cells_stand_in_the_projects_own_folder_alone(tmp_path):
+    write_report(tmp_path, "one", [cell()])
+    report_index(tmp_path)
+    assert pd.read_csv(tmp_path / "index.csv").report.tolist() == ["one.html"]
+    (tmp_path / "cells").mkdir()
+    report_index(tmp_path)
+    cells = pd.read_csv(tmp_path / "index.csv")
     kept = cells.report == "published.html"
-    assert cells.report[~kept].tolist() == ["newer.html", "older.html"]
     assert set(cells.place[kept]) == {"kept cells"} and "reproduced" in set(cells.status[kept])
+    assert cells.report[~kept].tolist() == ["one.html"]
 
 
 def test_five_hundred_runs_stay_below_three_megabytes(tmp_path):

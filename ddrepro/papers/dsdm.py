@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN_FOLDERS', 'BEST_OF_FOUR', 'COUNTED', 'DSDM_PAPER', 'DSDMPaper', 'check_own_folder', 'own_options', 'result_cells',
            'control_cells', 'in_steps', 'cross_cells', 'ablation_cells', 'progress_cells', 'sweep_cells',
-           'trained_pool', 'claims_of_one']
+           'trained_pool', 'claims_of_one', 'with_others']
 
 # %% ../../nbs/papers/dsdm.ipynb #b3976cf1
 from dataclasses import replace
@@ -234,14 +234,13 @@ def trained_pool(plan: Plan, run):
     return method.pools(Context(plan.real, 0, classes, compute, plan.where["store"]))[plan.real.modalities[0]]
 
 def claims_of_one(rows: pd.DataFrame, claims=tuple(DSDM_CLAIMS)) -> pd.DataFrame:
-    """Every comparison the rows of one data set and IPC allow, corrected together; empty where there is none
+    "Every comparison the rows of one data set and IPC allow, corrected together; empty where there is none"
+    return compared(rows, with_others(claims, rows), rows.modality.iloc[0]) if len(rows) else pd.DataFrame()
 
-    Methods that the paper does not know, your own among them, are compared with DM.
-    """
-    if not len(rows): return pd.DataFrame()
+def with_others(claims, rows: pd.DataFrame) -> list:
+    "The claims, and that methods which the paper does not know, your own among them, are better than DM"
     known = {*DSDM_METHODS, *DSDM_CONTROLS, *ABLATION}
-    others = [(row, "DM") for row in rows.row.unique() if row not in known]
-    return compared(rows, [*claims, *others], rows.modality.iloc[0])
+    return [*claims, *((row, "DM") for row in rows.row.unique() if row not in known and row != "DM")]
 
 # %% ../../nbs/papers/dsdm.ipynb #72663e0f
 @patch
@@ -249,6 +248,12 @@ def claims_at(self: DSDMPaper, place: str) -> tuple:
     "Those of the tables of results, or of the ablation"
     if place in ("Table 1", "Table 2"): return tuple(DSDM_CLAIMS)
     return tuple(ABLATION_CLAIMS) if place == "Table 4" else ()
+
+@patch
+def claims_on(self: DSDMPaper, place: str, rows: pd.DataFrame) -> list:
+    "Those of the place; of results also that methods which the paper does not know are better than DM"
+    claims = self.claims_at(place)
+    return with_others(claims, rows) if place in ("Table 1", "Table 2") else list(claims)
 
 # %% ../../nbs/papers/dsdm.ipynb #61dedb12
 BEST_OF_FOUR = ("Headlines are the last epoch of the last set. The paper's code reports the best of four test epochs "

@@ -314,10 +314,16 @@ def compared(
     claims,               # of `statistics.Claim`, or pairs (a, b): a is better than b
     modality              # in which one, or in each of several
 ) -> pd.DataFrame:
-    "Every claim that the rows allow, corrected together with those that they do not; empty where there is none"
+    """Every claim that the rows allow, corrected together with those that they do not; empty where there is none
+
+    Where they allow none, every row is compared with random samples.
+    """
     there = set(rows.row) if len(rows) else set()
     claims = [Claim(*claim) for claim in claims]
     possible = [claim for claim in claims if {claim.a, claim.b} <= there]
+    if not possible and "Random" in there:
+        others = rows.row[(rows.row != "Random") & (rows.ipc > 0)].unique()
+        claims = possible = [Claim(row, "Random") for row in others]
     return compare(rows, possible, modality, family=len(claims)) if possible else pd.DataFrame()
 
 # %% ../../nbs/papers/plan.ipynb #6a35d170
@@ -325,6 +331,11 @@ def compared(
 def claims_at(self: Paper, place: str) -> tuple:
     "Claims of a place, as `statistics.Claim` or pairs (a, b); none where the paper claims nothing"
     return ()
+
+@patch
+def claims_on(self: Paper, place: str, rows: pd.DataFrame) -> list:
+    "Claims that are tested on rows of a place; here the paper's"
+    return list(self.claims_at(place))
 
 @patch
 def claimed_in(self: Paper, rows: pd.DataFrame) -> tuple:
@@ -344,7 +355,7 @@ def comparisons(self: Paper, rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(place=rows.place.fillna("") if "place" in rows else "")
     tables = []
     for (table, dataset), there in rows.groupby(["place", "dataset"], sort=False):
-        claims, modalities = self.claims_at(table), [m for m in self.claimed_in(there) if m in set(there.modality)]
+        claims, modalities = self.claims_on(table, there), [m for m in self.claimed_in(there) if m in set(there.modality)]
         for ipc in sorted(set(there.ipc) - {0}) if claims and modalities else ():
             found = compared(there[there.ipc == ipc], claims, modalities)
             if len(found): tables.append(found.assign(place=table, dataset=dataset, ipc=ipc))

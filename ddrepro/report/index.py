@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'PAPERS', 'COLUMNS', 'HeadReader', 'read_head', 'read_about', 'Measured', 'Tested', 'cells_in', 'claims_in',
            'printed_cells', 'planned_of', 'Corner', 'corner_of', 'number', 'PaperPage', 'all_cells', 'in_a_line',
-           'report_index']
+           'of_project', 'report_index']
 
 # %% ../../nbs/report/12_index.ipynb #88ef479f
 import csv
@@ -147,12 +147,12 @@ def number(value, std=None) -> str:
 class PaperPage:
     "All that reports say of one paper"
 
-    def __init__(self, name: str, reports: list):
+    def __init__(self, name: str, reports: list, kept: bool = True):   # whether the project's kept cells count
         known = references().get(name)
         self.name, self.reports = name, [r for r in reports if r["summary"].get("paper") == name]
         self.title, self.short, self.link = (known.title, known.short, known.link) if known else (name, "", "")
         self.page, self.amounts = paper_page(name), "pairs" if name == "vldd" else "IPC"
-        self.printed, self.planned = printed_cells(name), planned_of(name)
+        self.printed, self.planned = printed_cells(name), planned_of(name) if kept else []
         self.measured = defaultdict(list)       # (dataset, ipc) → (Measured, report)
         for report in self.reports:
             for cell in cells_in(report): self.measured[cell.dataset, cell.ipc].append((cell, report))
@@ -248,6 +248,10 @@ def in_a_line(reports: list, papers: list) -> str:
     many = {0: "no report yet", 1: "one report"}.get(len(reports), f"{len(reports)} reports")
     return f"{many}; data sets at a number of samples: {', '.join(counts)}" if counts else many
 
+def of_project(folder: Path) -> bool:
+    "Whether a folder is the project's own, with what was kept of its campaign"
+    return (folder / "cells").is_dir()
+
 def report_index(
     folder: str | Path,   # where reports lie
 ) -> Path:
@@ -260,7 +264,7 @@ def report_index(
     reports.sort(key=lambda about: about.get("date", ""), reverse=True)
     known = list(dict.fromkeys([*PAPERS, *(r["summary"]["paper"] for r in reports if r["summary"].get("paper"))]))
     there = [name for name in known if share_path(f"data/published/{name}.csv").exists()] if reports else []
-    papers = [PaperPage(name, reports) for name in there]
+    papers = [PaperPage(name, reports, kept=of_project(folder)) for name in there]
     above = {"All reports of the project": "../index.html"} if (folder.parent / "index.html").exists() else {}
     ways, shared = above | {"Documentation": SITE}, dict(lang="en", about={}, footer=f"Made by ddrepro {__version__}.")
     for paper in papers:

@@ -61,7 +61,7 @@ def site_of(root: Path) -> Site:
 
 # %% ../../nbs/site/06_build.ipynb #44ef1608
 PARTS = ("Start", "Tutorials", "Methods", "Results", "Chapters")
-START = {"guide/start": "Get started", "guide/coming_from": "Coming from other repositories", "guide/faq": "Questions",
+START = {"guide/start": "Get started", "guide/words": "The words", "guide/coming_from": "Coming from other repositories", "guide/faq": "Questions",
          "overview": "Overview"}
 RESULTS = ("guide/reports", "findings", "published", "comparison")
 
