@@ -107,6 +107,8 @@ def verdict_on(cell, ours: pd.DataFrame) -> dict:
     if not len(ours): return dict(verdict="other data" if cell.other_data else "not run", why=cell.why)
     printed = of_cell(published(cell.printed), cell)
     printed = printed[printed.metric.str.startswith("acc")]
-    if len(printed): return cells_beside_published(ours, printed).iloc[0].to_dict() | dict(why=caution(ours, printed))
+    if len(printed):
+        why = "; ".join(filter(None, [caution(ours, printed), cell.why]))
+        return cells_beside_published(ours, printed).iloc[0].to_dict() | dict(why=why)
     measured = f"{ours.accuracy.mean():.1f} ± {ours.accuracy.std(ddof=0):.1f}"
     return dict(measured=measured, verdict="no printed number", why=cell.why)
