@@ -316,12 +316,12 @@ def compared(
 ) -> pd.DataFrame:
     """Every claim that the rows allow, corrected together with those that they do not; empty where there is none
 
-    Where they allow none, every row is compared with random samples.
+    Where they allow none of some, every row is compared with random samples.
     """
     there = set(rows.row) if len(rows) else set()
     claims = [Claim(*claim) for claim in claims]
     possible = [claim for claim in claims if {claim.a, claim.b} <= there]
-    if not possible and "Random" in there:
+    if claims and not possible and "Random" in there:
         others = rows.row[(rows.row != "Random") & (rows.ipc > 0)].unique()
         claims = possible = [Claim(row, "Random") for row in others]
     return compare(rows, possible, modality, family=len(claims)) if possible else pd.DataFrame()
