@@ -139,5 +139,8 @@ def test_published_cells_that_were_reproduced_are_called_so():
     face = face_of(get_paper("dsdm"), rows, dict(profile="laptop"), full, "A title, implemented and checked")
     assert face.title == "A title, 4 of 5 published cells reproduced"
     assert "Of 5 cells that the paper prints: 4 reproduced, 1 below" in face.verdict[1]
+    rows = rows[rows.ipc == 1]
+    face = face_of(get_paper("dsdm"), rows, dict(profile="laptop"), full, "A title, implemented and checked")
+    assert face.title == "A title, reproduced" and "Of 4 cells that the paper prints: 4 reproduced" in face.verdict[1]
     small = face_of(get_paper("dsdm"), rows, dict(profile="laptop"), full | dict(iterations=10), "A title, implemented and checked")
     assert small.title.endswith("implemented and checked") and "none of 4 printed cells counts" in small.verdict[1]
