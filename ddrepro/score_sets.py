@@ -26,13 +26,13 @@ from .core.share import choose
 from .core.values import number_between, whole_number
 from .data.real import FULL
 from .distill.distilled import DistilledData, set_files
+from .distill.released_folders import open_released
 from .distill.released_formats import Released, method_named
 from ddrepro.distill.released_sets import (
     DeclaredSet,
     as_real,
     data_in_space,
     distilled_from_released,
-    open_released,
     settled_for,
     sha_of,
     signs_and_warnings,

@@ -28,8 +28,9 @@ from ddrepro.data.sets.image_sets import IMAGE_SETS
 from ddrepro.data.whitening import space_signs
 from ddrepro.distill import released_sets
 from ddrepro.distill.distilled import DistilledData, export
+from ddrepro.distill.released_folders import open_released
 from ddrepro.distill.released_formats import FAMILIES
-from ddrepro.distill.released_sets import DeclaredSet, open_released, settled_for
+from ddrepro.distill.released_sets import DeclaredSet, settled_for
 from ddrepro.evaluate.classification import evaluation_job
 from ddrepro.evaluate.tasks import evaluate
 from ddrepro.nets.recipes import Recipe
@@ -536,7 +537,7 @@ CHILD = """
 import json, resource, signal, sys, time
 from pathlib import Path
 from ddrepro.core.files import DamagedFile
-from ddrepro.distill.released_sets import open_released
+from ddrepro.distill.released_folders import open_released
 limit = 8 * 2**30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 resource.setrlimit(resource.RLIMIT_CPU, (200, 200))

@@ -18,7 +18,8 @@ from .loop import distill as distill
 from .method import Context as Context
 from .method import Diverged as Diverged
 from .method import Method as Method
-from .released_sets import open_released as open_released
+from .released_folders import open_released as open_released
+from .released_sets import DeclaredSet as DeclaredSet
 from .soft_labels import SoftLabels as SoftLabels
 from .teachers import Teacher as Teacher
 from .teachers import taught as taught

@@ -48,7 +48,8 @@ def hub_columns(
         if m in s.normalisation:
             shown = dict(_type="Image") if signal is None else dict(_type="Audio", sampling_rate=signal.sample_rate)
             of_file = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-            columns[m] = HubColumn(shown, pa.array([dict(bytes=content, path=None) for content in shown_files(s, m)], of_file))
+            columns[m] = HubColumn(shown, pa.array([dict(bytes=content, path=None) for content in shown_files(s, m)],
+                                                   of_file))
         kind, shape = str(values.dtype).removeprefix("torch."), list(values.shape[1:])
         exact = dict(_type="Array3D", shape=shape, dtype=kind) if len(shape) == 3 else sequence(kind, shape[0])
         columns[f"{m}_values"] = HubColumn(exact, as_lists(values))
@@ -60,7 +61,9 @@ def hub_columns(
         columns["probabilities"] = HubColumn(sequence("float64", probabilities.shape[1]), as_lists(probabilities))
     return columns
 
-def sequence(kind: str, length: int) -> dict: return dict(_type="Sequence", feature=dict(_type="Value", dtype=kind), length=length)
+# %% ../../nbs/distill/17_hub.ipynb #418d1e55
+def sequence(kind: str, length: int) -> dict:
+    return dict(_type="Sequence", feature=dict(_type="Value", dtype=kind), length=length)
 
 def as_lists(
     x: torch.Tensor   # (N, …)
@@ -74,6 +77,7 @@ def as_lists(
         column = pa.ListArray.from_arrays(starts, column)
     return column
 
+# %% ../../nbs/distill/17_hub.ipynb #797b9463
 def shown_files(s: DistilledData, modality: str) -> list:
     "Every sample of a modality as the bytes of a PNG or WAV"
     signal = s.signals.get(modality)
@@ -96,8 +100,9 @@ def hub_card(
     tasks = [task] if s.task == "classification" else ["image-to-text"]
     spaces = "\n".join(f"- `{m}_values`: {space_in_words(s, m)}" for m in s.tensors)
     method, recipe = s.card.get("method", {}), s.card.get("recipe")
-    header = ["---", f"license: {licence}", f"pretty_name: {json.dumps(name)}", f"size_categories: [{size}]", f"task_categories: {json.dumps(tasks)}",
-              "tags: [dataset-distillation, dataset-condensation, ddrepro]", "configs:", "- config_name: default", "  data_files:",
+    header = ["---", f"license: {licence}", f"pretty_name: {json.dumps(name)}", f"size_categories: [{size}]",
+              f"task_categories: {json.dumps(tasks)}", "tags: [dataset-distillation, dataset-condensation, ddrepro]",
+              "configs:", "- config_name: default", "  data_files:",
               "  - split: train", "    path: data/train-*.parquet", "---"]
     scored_by = f" ({json.dumps(recipe)})" if recipe else ""
     soft = "\nLabels are soft: train on `probabilities`" + (f" at temperature {s.soft.temperature:g}." if s.soft else "")
@@ -127,10 +132,13 @@ def space_in_words(s: DistilledData, modality: str) -> str:
     shape = "×".join(map(str, sample_rows(s, modality).shape[1:]))
     constants = s.normalisation.get(modality)
     if constants is None: return f"{shape}, an embedding that nothing normalises"
-    if isinstance(constants, Whitening): return f"{shape}, ZCA-whitened (ε = {constants.eps:g}); the matrix is in {HUB_TENSORS}"
-    unit = "pixels in [0, 1]" if modality not in s.signals else f"{type(s.signals[modality]).__name__} values, {s.signals[modality]}"
+    if isinstance(constants, Whitening):
+        return f"{shape}, ZCA-whitened (ε = {constants.eps:g}); the matrix is in {HUB_TENSORS}"
+    unit = ("pixels in [0, 1]" if modality not in s.signals
+            else f"{type(s.signals[modality]).__name__} values, {s.signals[modality]}")
     return f"{shape}, normalised: ({unit} − mean {list(constants.mean)}) / std {list(constants.std)}"
 
+# %% ../../nbs/distill/17_hub.ipynb #5ee3f31e
 @patch
 def to_hub(
     self: DistilledData, folder,
@@ -145,7 +153,8 @@ def to_hub(
     save_tensors(folder / HUB_TENSORS, rest, "distilled, without its samples", {})
     write_json(folder / HUB_CARD, card)
     method = self.card.get("method", {})
-    default = f"{method.get('method', 'distilled') if isinstance(method, dict) else method} on {self.card.get('dataset') or 'data of my own'}"
+    default = (f"{method.get('method', 'distilled') if isinstance(method, dict) else method} "
+               f"on {self.card.get('dataset') or 'data of my own'}")
     write_atomic(folder / "README.md", hub_card(samples, licence, name or default).encode())
     return folder
 
@@ -158,9 +167,11 @@ def write_parquet(
     features = {name: column.feature for name, column in columns.items()}
     table = pa.table({name: column.values for name, column in columns.items()})
     content = pa.BufferOutputStream()
-    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), content)
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}),
+                        content)
     return write_atomic(path, content.getvalue().to_pybytes())
 
+# %% ../../nbs/distill/17_hub.ipynb #bb26c10e
 def exact_column(
     table,        # of pyarrow
     name: str, shape: tuple
@@ -169,7 +180,8 @@ def exact_column(
     pa = need("pyarrow", "hub", "to read Parquet")
     column = table.column(name).combine_chunks()
     if isinstance(column, pa.ExtensionArray): column = column.storage
-    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    while (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+           or pa.types.is_fixed_size_list(column.type)):
         column = column.flatten()
     if column.null_count or not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
         raise ValueError(f"column {name!r} holds values that are no numbers")
@@ -179,7 +191,8 @@ def from_hub(folder: Path) -> DistilledData:
     "What `to_hub` wrote; DamagedFile where rows, labels or card were altered"
     parquet = need("pyarrow.parquet", "hub", "to read Parquet")
     folder = Path(folder)
-    card, tensors = read_json(folder / HUB_CARD), load_tensors(folder / HUB_TENSORS, "distilled, without its samples")[0]
+    card, tensors = (read_json(folder / HUB_CARD),
+                     load_tensors(folder / HUB_TENSORS, "distilled, without its samples")[0])
     file = folder / PARQUET
     try:
         features = json.loads(parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
@@ -194,7 +207,8 @@ def from_hub(folder: Path) -> DistilledData:
     except Exception as why:      # pyarrow raises many kinds
         raise DamagedFile(f"{file} is not as to_hub writes it ({first_line_of(why)})") from None
     s = from_parts(card, tensors, folder)
-    if labels is not None and not torch.equal(labels, s.decoded()[1]): raise DamagedFile(f"{file}: its labels were altered after the export")
+    if labels is not None and not torch.equal(labels, s.decoded()[1]):
+        raise DamagedFile(f"{file}: its labels were altered after the export")
     return s
 
 # %% ../../nbs/distill/17_hub.ipynb #04ff9529
@@ -208,12 +222,14 @@ class RankedData(NamedTuple):
 
 RANKED = {"CIFAR10": RankedData(CIFAR_CONSTANTS, 10), "CIFAR100": RankedData(CIFAR_CONSTANTS, 100),
           "TinyImageNet": RankedData(IMAGENET_CONSTANTS, 200)}
-RANKED |= {f"Image{x}": RankedData(IMAGENET_CONSTANTS, 10) for x in ("Nette", "Woof", "Meow", "Squawk", "Fruit", "Yellow")}
+RANKED |= {f"Image{x}": RankedData(IMAGENET_CONSTANTS, 10)
+           for x in ("Nette", "Woof", "Meow", "Squawk", "Fruit", "Yellow")}
 
+# %% ../../nbs/distill/17_hub.ipynb #f41e7cd0
 class RankedSet(NamedTuple):
     "Keywords for the metrics of ddranking"
     metric: dict     # of the constructor: dataset, ipc, im_size
-    tensors: dict    # of `compute_metrics`: image_tensor, hard_labels or soft_labels, and syn_lr where a rate was learned
+    tensors: dict    # of `compute_metrics`: image_tensor, hard_labels or soft_labels, syn_lr where a rate was learned
 
 @patch
 def to_ddranking(
@@ -223,22 +239,26 @@ def to_ddranking(
     "What LabelRobustScoreHard(**metric).compute_metrics(**tensors) takes; with soft labels LabelRobustScoreSoft"
     known = RANKED[choose("dataset", dataset, RANKED)]
     if self.task != "classification" or len(self.tensors) > 1 or set(self.signals):
-        raise ValueError(f"DD-Ranking evaluates pictures of classes; this set has {' and '.join(self.tensors)} and teaches {self.task}")
+        raise ValueError(f"DD-Ranking evaluates pictures of classes; this set has {' and '.join(self.tensors)} "
+                         f"and teaches {self.task}")
     samples = as_samples(self)
     name, x = next(iter(samples.tensors.items()))
     if sorted(samples.labels) != list(range(known.classes)) or x.shape[2] != 3:
-        raise ValueError(f"DD-Ranking's {dataset} has {known.classes} classes of pictures with 3 channels; this set has "
-                         f"{len(samples.labels)} classes of {x.shape[2]}")
+        raise ValueError(f"DD-Ranking's {dataset} has {known.classes} classes of pictures with 3 channels; "
+                         f"this set has {len(samples.labels)} classes of {x.shape[2]}")
     own = samples.normalisation[name]
     if isinstance(own, Whitening):
-        raise ValueError("DD-Ranking whitens by a fit of its own (use_zca=True), and this set by another; give it samples that are not whitened")
+        raise ValueError("DD-Ranking whitens by a fit of its own (use_zca=True), and this set by another; "
+                         "give it samples that are not whitened")
     order = np.argsort(samples.labels)
     images = x[order].flatten(0, 1).float()
-    if own != known.constants: images = (own.undo(images) - channels_of(known.constants.mean)) / channels_of(known.constants.std)
+    if own != known.constants:
+        images = (own.undo(images) - channels_of(known.constants.mean)) / channels_of(known.constants.std)
     ipc, rates = x.shape[1], self.card.get("rates") or {}
     labels = torch.arange(known.classes).repeat_interleave(ipc)
     tensors = dict(image_tensor=images, hard_labels=labels)
-    if samples.soft is not None: tensors = dict(image_tensor=images, soft_labels=samples.soft.probabilities[order].flatten(0, 1))
+    if samples.soft is not None:
+        tensors = dict(image_tensor=images, soft_labels=samples.soft.probabilities[order].flatten(0, 1))
     if name in rates: tensors["syn_lr"] = float(rates[name])
     return RankedSet(dict(dataset=dataset, ipc=ipc, im_size=tuple(x.shape[3:])), tensors)
 
@@ -253,7 +273,8 @@ def read_back(
     if path.is_dir():
         if (path / HUB_CARD).is_file(): return from_hub(path)
         if (path / EXACT_FILE).is_file(): return from_folder(path)
-        raise DamagedFile(f"{path} is no export of ddrepro: it holds neither {EXACT_FILE}, as to_folder writes it, nor {HUB_CARD}, as to_hub does")
+        raise DamagedFile(f"{path} is no export of ddrepro: it holds neither {EXACT_FILE}, as to_folder writes it, "
+                          f"nor {HUB_CARD}, as to_hub does")
     if path.suffix in (".pt", ".pth"):
         if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
         return from_dc(path)
